@@ -1,0 +1,128 @@
+"""Every setting, read once at start: environment, then a running `tokentrail up`, then defaults."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+#: Where `tokentrail up` keeps its servers' data and writes their addresses (mode 0600).
+HOME = Path(os.environ.get("TOKENTRAIL_HOME", ".tokentrail"))
+
+
+class ConfigError(Exception):
+    """A setting is missing or wrong; the message says which, and what to do."""
+
+
+class Settings(BaseSettings):
+    """What can be set, with the environment variable `TOKENTRAIL_<NAME>` unless another is named."""
+
+    model_config = SettingsConfigDict(env_prefix="TOKENTRAIL_", frozen=True, extra="ignore")
+
+    database_url: SecretStr | None = Field(
+        None,
+        validation_alias="DATABASE_URL",
+        description="PostgreSQL, as postgresql://user:password@host:port/database. Not set: an embedded server.",
+    )
+    broker_url: SecretStr | None = Field(
+        None,
+        validation_alias="BROKER_URL",
+        description="Redis or Valkey, as redis://, rediss:// or sentinel://. Not set: an embedded server.",
+    )
+    queue: str = Field("tokens", description="The queue's name; lanes are <queue>.0, <queue>.1, …")
+    max_amount: Annotated[int, Field(ge=1, le=10**20 - 1)] = Field(
+        10**12, description="The largest amount one event may carry, in tokens."
+    )
+    batch_size: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        500, description="At most this many events are applied in one database transaction."
+    )
+    burn_patience: Annotated[float, Field(ge=0, le=60)] = Field(
+        2.0, description="Seconds a burn that meets too small a balance waits for its accrual."
+    )
+    visibility_timeout: Annotated[int, Field(ge=1, le=86_400)] = Field(
+        120, description="Seconds without a sign of life after which a worker's messages go back to the queue."
+    )
+    lock_timeout: Annotated[float, Field(gt=0, le=60)] = Field(
+        2.0, description="Seconds a batch waits for another's row locks before it tries again."
+    )
+    statement_timeout: Annotated[float, Field(gt=0, le=600)] = Field(
+        30.0, description="Seconds any one statement of the worker may take."
+    )
+    idle_in_transaction_timeout: Annotated[float, Field(gt=0, le=600)] = Field(
+        10.0, description="Seconds after which PostgreSQL ends a worker that holds locks and does nothing (a frozen one)."
+    )
+    stripes: Annotated[int, Field(ge=1, le=1000)] = Field(
+        16, description="Rows the global token balance is spread over, so that workers do not wait for one."
+    )
+    api_host: str = Field("127.0.0.1", description="Address the read endpoint listens on.")
+    api_port: Annotated[int, Field(ge=1, le=65_535)] = Field(8000, description="Port the read endpoint listens on.")
+    flower_port: Annotated[int, Field(ge=1, le=65_535)] = Field(5555, description="Port Flower listens on.")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_format: str = Field("auto", description="json, console, or auto: console on a terminal, else json.")
+    pg_bin: Path | None = Field(None, description="Folder of initdb and postgres, instead of the embedded ones.")
+    valkey_server: Path | None = Field(None, description="A valkey-server or redis-server, instead of the embedded one.")
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgresql_only(cls, url: SecretStr | None) -> SecretStr | None:
+        if url and not url.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must start with postgresql://")
+        return url
+
+    @field_validator("broker_url")
+    @classmethod
+    def _redis_only(cls, url: SecretStr | None) -> SecretStr | None:
+        if url and not url.get_secret_value().startswith(("redis://", "rediss://", "sentinel://")):
+            raise ValueError("must start with redis://, rediss:// or sentinel://")
+        return url
+
+    def database(self) -> str:
+        """PostgreSQL's URL, or ConfigError when there is none."""
+        if self.database_url is None:
+            raise ConfigError("No database: set DATABASE_URL, or start the embedded servers with `tokentrail up`.")
+        return self.database_url.get_secret_value()
+
+    def broker(self) -> str:
+        """Redis' URL, or ConfigError when there is none."""
+        if self.broker_url is None:
+            raise ConfigError("No broker: set BROKER_URL, or start the embedded servers with `tokentrail up`.")
+        return self.broker_url.get_secret_value()
+
+
+def _running_servers() -> dict[str, Any]:
+    """The addresses that a running `tokentrail up` of this folder has written, else nothing."""
+    try:
+        return dict(json.loads((HOME / "servers.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    """The settings of this process.
+
+    Raises ConfigError in one sentence that names the variable.
+    """
+    try:
+        found = Settings()
+        servers = _running_servers()
+        update = {
+            name: SecretStr(servers[name])
+            for name in ("database_url", "broker_url")
+            if getattr(found, name) is None and name in servers
+        }
+        return found.model_copy(update=update)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    variable = name if name.isupper() else f"TOKENTRAIL_{name.upper()}"
+    return f"{variable} is not usable: {first['msg'].removeprefix('Value error, ')} (it is {first['input']!r})."
