@@ -1,0 +1,153 @@
+"""JSON as one exact text: the form in which metadata is compared, hashed, stored and answered.
+
+One value has one text: keys sorted by code point, no spaces, numbers plain (no exponent, no trailing
+zeros, no -0), strings as they came (no Unicode normalisation). Numbers never pass through a binary
+float, so 0.1 stays 0.1 and 18 decimals stay 18.
+"""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from json.encoder import encode_basestring  # type: ignore[attr-defined]  # public in effect: json's own C escape
+from typing import Any, Final
+
+#: Powers of ten a number may reach either way; beyond, its plain text would be longer than any limit allows.
+MAX_EXPONENT: Final = 400
+
+#: Longest run of digits handed to int(): Python refuses 4,300 and more with an exception of its own.
+_MAX_DIGITS: Final = MAX_EXPONENT + 2
+
+
+class NotCanonical(ValueError):
+    """A value has no canonical text; the message says where in the value, and why."""
+
+
+class JsonNumber(Decimal):
+    """A JSON number that was written with a fraction or an exponent, with all its digits."""
+
+    __slots__ = ()
+
+
+class DuplicateKeys(dict[str, Any]):
+    """A JSON object in which `name` stood twice. Kept as a value so that only its own event is refused."""
+
+    name: str
+
+
+def read_json(text: str | bytes) -> Any:  # noqa: ANN401 - JSON is any value
+    """The value of a JSON text, numbers exact.
+
+    Raises ValueError (or RecursionError) where the text is no JSON. What is JSON but not allowed (NaN,
+    duplicate keys) is returned as a value that `write_json` and the event models refuse at its place, so
+    that one bad event of many does not take the others with it.
+    """
+    return json.loads(
+        text, parse_float=JsonNumber, parse_int=_read_int, parse_constant=JsonNumber, object_pairs_hook=_read_object
+    )
+
+
+def write_json(value: object, *, max_depth: int = 64) -> str:
+    """The canonical text of a value.
+
+    Raises NotCanonical where it has none: NaN, Infinity, an exponent beyond ±400, duplicate keys, a NUL or
+    a lone surrogate in a string, a key that is no string, nesting deeper than `max_depth`, kombu's type tags.
+    """
+    parts: list[str] = []
+    _write(value, parts.append, max_depth, "")
+    return "".join(parts)
+
+
+def plain_number(number: Decimal) -> str:
+    """The number without exponent, trailing zeros or a negative zero: 1.50 → 1.5, 1E+2 → 100."""
+    text = format(number, "f")
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text in {"-0", ""} else text
+
+
+def _read_int(digits: str) -> int | JsonNumber:
+    return int(digits) if len(digits) <= _MAX_DIGITS else JsonNumber(digits)
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    marked = DuplicateKeys(found)
+    marked.name = next(name for i, name in enumerate(names) if name in names[:i])
+    return marked
+
+
+def _write(value: object, emit: Any, depth: int, at: str) -> None:  # noqa: ANN401, C901, PLR0912 - one straight list of kinds
+    if isinstance(value, str):
+        emit(_string(value, at))
+    elif value is None:
+        emit("null")
+    elif value is True:
+        emit("true")
+    elif value is False:
+        emit("false")
+    elif isinstance(value, int):
+        emit(_number(Decimal(value), at) if abs(value) >= 10**_MAX_DIGITS else str(value))
+    elif isinstance(value, Decimal):
+        emit(_number(value, at))
+    elif isinstance(value, float):
+        emit(_number(Decimal(repr(value)), at))
+    elif isinstance(value, dict):
+        if depth == 0:
+            raise NotCanonical(f"{at or 'it'} is nested too deep")
+        if isinstance(value, DuplicateKeys):
+            raise NotCanonical(f"{at or 'it'} has the key {_short(value.name)} twice")
+        if "__type__" in value and "__value__" in value:
+            raise NotCanonical(f"{at or 'it'} holds a Python {value['__type__']!s:.20}; send plain JSON")
+        separator = "{"
+        try:
+            names = sorted(value)
+        except TypeError:
+            raise NotCanonical(f"{at or 'it'} has a key that is not a string") from None
+        for name in names:
+            if not isinstance(name, str):
+                raise NotCanonical(f"{at or 'it'} has the key {name!r:.40}, which is not a string")
+            emit(separator)
+            separator = ","
+            emit(_string(name, at))
+            emit(":")
+            _write(value[name], emit, depth - 1, f"{at}.{name:.40}" if at else f"{name:.40}")
+        emit("}" if names else "{}")
+    elif isinstance(value, list | tuple):
+        if depth == 0:
+            raise NotCanonical(f"{at or 'it'} is nested too deep")
+        separator = "["
+        for index, item in enumerate(value):
+            emit(separator)
+            separator = ","
+            _write(item, emit, depth - 1, f"{at}[{index}]")
+        emit("]" if value else "[]")
+    else:
+        raise NotCanonical(f"{at or 'it'} is a {type(value).__name__}, which JSON does not have")
+
+
+def _string(text: str, at: str) -> str:
+    if "\x00" in text:
+        raise NotCanonical(f"{at or 'it'} holds a NUL character, which PostgreSQL cannot store")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise NotCanonical(f"{at or 'it'} holds half of a surrogate pair, which is not a character") from None
+    return str(encode_basestring(text))
+
+
+def _number(number: Decimal, at: str) -> str:
+    exponent = number.as_tuple().exponent
+    if not isinstance(exponent, int):
+        raise NotCanonical(f"{at or 'it'} is {number!s:.20}, which is not a number")
+    if exponent < -MAX_EXPONENT or abs(number.adjusted()) > MAX_EXPONENT:
+        raise NotCanonical(f"{at or 'it'} is {number!s:.40}, beyond ten to the power of ±{MAX_EXPONENT}")
+    return plain_number(number)
+
+
+def _short(text: str) -> str:
+    return ascii(text[:40])

@@ -1,0 +1,253 @@
+"""What a producer may say: a user's account is funded (accrual), or a user's action spends tokens (burn).
+
+The type carries the sign, never the amount; the idempotency key belongs to the producer, who sends the
+same one again when in doubt. Events only grow: a new field is optional and absent means what it meant before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Any, Final, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+from .canonical import DuplicateKeys, JsonNumber, NotCanonical, plain_number, write_json
+
+MAX_EVENTS: Final = 1_000  # in one tokens.apply_many
+MAX_AMOUNT: Final = 10**12  # tokens; the default, a setting of the worker
+MAX_METADATA_BYTES: Final = 16 * 1024  # of the canonical text, in UTF-8
+MAX_METADATA_DEPTH: Final = 8
+EARLIEST: Final = datetime(2000, 1, 1, tzinfo=UTC)
+
+_AMOUNT = re.compile(r"[0-9]{1,20}(\.[0-9]{1,18})?", re.ASCII)
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+_DECIMALS: Final = 18
+_DIGITS: Final = 20  # before the point
+
+
+def _refuse(rule: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{rule}", {"rule": rule})
+
+
+def _untagged(value: object, tag: str) -> object:
+    """What Celery's send_task makes of a Decimal or datetime: {"__type__": tag, "__value__": text}."""
+    if isinstance(value, dict) and value.keys() == {"__type__", "__value__"} and value["__type__"] == tag:
+        return value["__value__"]
+    return value
+
+
+def _amount(value: object, info: ValidationInfo) -> Decimal:
+    """An exact amount: an ASCII decimal string or a JSON integer, more than 0, at most max_amount."""
+    if isinstance(value, dict):
+        value = _decimal_tag(value)
+    if isinstance(value, bool | float | JsonNumber):
+        raise _refuse('must be a string such as "1.5" or a JSON integer: other numbers lose digits on their way')
+    if isinstance(value, Decimal):
+        value = _plain(value)
+    if isinstance(value, int):
+        # An int this long cannot be an amount, and turning it into text would be slow or refused.
+        value = str(value) if -(10**40) < value < 10**40 else "9" * 41
+    if not isinstance(value, str) or not _AMOUNT.fullmatch(value):
+        raise _refuse('must be digits with at most 20 before and 18 after the point, such as "12.5"')
+    amount = Decimal(value)
+    limit = (info.context or {}).get("max_amount", MAX_AMOUNT)
+    if not 0 < amount <= limit:
+        raise _refuse(f"must be more than 0 and at most {limit}")
+    return amount
+
+
+def _decimal_tag(value: object) -> object:
+    text = _untagged(value, "decimal")
+    # Decimal() takes underscores, other scripts' digits and huge exponents; a producer's str(Decimal) has none.
+    if isinstance(text, str) and re.fullmatch(r"[0-9.]{1,60}(E[+-]?[0-9]{1,3})?", text, re.ASCII):
+        try:
+            return Decimal(text)
+        except ArithmeticError:
+            return None
+    return None
+
+
+def _plain(amount: Decimal) -> str:
+    exponent = amount.as_tuple().exponent
+    if not isinstance(exponent, int) or exponent < -60 or abs(amount.adjusted()) > 60:  # noqa: PLR2004 - far past any amount
+        return "beyond"
+    return plain_number(amount)
+
+
+def _moment(value: object) -> datetime:
+    """An instant in UTC, from RFC 3339 text with an offset and at most microseconds."""
+    value = _untagged(value, "datetime")
+    if isinstance(value, datetime):
+        value = value.isoformat()
+    if not isinstance(value, str) or not _MOMENT.fullmatch(value):
+        raise _refuse('must be RFC 3339 with an offset and at most microseconds, such as "2026-01-31T12:00:00Z"')
+    try:
+        moment = datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise _refuse("must be a moment that the calendar has") from None
+    if moment < EARLIEST:
+        raise _refuse("must not be before 2000-01-01")
+    return moment
+
+
+def _metadata(value: object) -> str:
+    """The canonical text of a JSON object."""
+    if not isinstance(value, dict):
+        raise _refuse("must be a JSON object")
+    try:
+        text = write_json(value, max_depth=MAX_METADATA_DEPTH)
+    except NotCanonical as no:
+        raise _refuse(f"must be plain JSON at most {MAX_METADATA_DEPTH} deep, but {no}") from None
+    if len(text) > MAX_METADATA_BYTES or len(text.encode()) > MAX_METADATA_BYTES:
+        raise _refuse(f"must be at most {MAX_METADATA_BYTES} bytes long as compact JSON")
+    return text
+
+
+def _no_nul(text: str) -> str:
+    if "\x00" in text:
+        raise _refuse("must not hold a NUL character")
+    return text
+
+
+UserId: TypeAlias = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=128), AfterValidator(_no_nul)]
+Label: TypeAlias = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200), AfterValidator(_no_nul)]
+Amount: TypeAlias = Annotated[
+    Decimal,
+    BeforeValidator(_amount),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{1,20}(\.[0-9]{1,18})?$"},
+                {"type": "integer", "exclusiveMinimum": 0},
+            ]
+        }
+    ),
+]
+Moment: TypeAlias = Annotated[
+    datetime, BeforeValidator(_moment), WithJsonSchema({"type": "string", "format": "date-time"})
+]
+Metadata: TypeAlias = Annotated[str, BeforeValidator(_metadata), WithJsonSchema({"type": "object"})]
+
+
+class _Event(BaseModel):
+    """What every event states: whose tokens, how many, and under which key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user_id: UserId
+    amount: Amount
+    idempotency_key: Label
+    occurred_at: Moment | None = None  # the producer's clock, in UTC; nobody fills it in
+    metadata: Metadata | None = None  # canonical text of a JSON object
+
+
+class Accrual(_Event):
+    """The account of `user_id` is funded with `amount` tokens from `source`."""
+
+    type: Literal["accrual"] = "accrual"
+    source: Label
+
+    @property
+    def what(self) -> str:
+        """Where the tokens come from."""
+        return self.source
+
+
+class Burn(_Event):
+    """`action` of `user_id` spends `amount` tokens, if the account holds them."""
+
+    type: Literal["burn"] = "burn"
+    action: Label
+
+    @property
+    def what(self) -> str:
+        """What the tokens are spent on."""
+        return self.action
+
+
+Event: TypeAlias = Accrual | Burn
+
+_MODELS: Final[dict[str, type[Accrual] | type[Burn]]] = {"accrual": Accrual, "burn": Burn}
+
+
+class InvalidEvent(ValueError):
+    """What was sent is no event; the message names field, value (shortened) and rule in one sentence."""
+
+
+def parse_event(data: object, *, type_: str | None = None, max_amount: int = MAX_AMOUNT) -> Event:
+    """The event that `data` states.
+
+    `type_` is the type the task's name implies; None reads it from `data` itself.
+    Raises InvalidEvent; nothing else, whatever `data` is.
+    """
+    if not isinstance(data, Mapping):
+        raise InvalidEvent(f"An event must be a JSON object, not {_shown(data)}.")
+    if isinstance(data, DuplicateKeys):
+        raise InvalidEvent(f"The event has the field {_shown(data.name)} twice.")
+    kind = data.get("type", type_)
+    model = _MODELS.get(kind) if isinstance(kind, str) else None
+    if model is None or (type_ is not None and kind != type_):
+        raise InvalidEvent(f'type is {_shown(kind)}: must be {_shown(type_) if type_ else "accrual or burn"}.')
+    try:
+        return model.model_validate(data, context={"max_amount": max_amount})
+    except ValidationError as error:
+        raise InvalidEvent(_sentence(error)) from None
+
+
+def event_json(event: Event) -> str:
+    """The event as a producer sends it: canonical JSON, absent fields left out."""
+    fields: dict[str, Any] = {
+        "type": event.type,
+        "user_id": event.user_id,
+        "amount": plain_number(event.amount),
+        "idempotency_key": event.idempotency_key,
+        "source" if isinstance(event, Accrual) else "action": event.what,
+    }
+    if event.occurred_at is not None:
+        fields["occurred_at"] = event.occurred_at.isoformat().replace("+00:00", "Z")
+    text = write_json(fields)
+    return text if event.metadata is None else f'{text[:-1]},"metadata":{event.metadata}}}'
+
+
+def _sentence(error: ValidationError) -> str:
+    found = []
+    for item in error.errors(include_url=False)[:3]:
+        field = ".".join(str(part) for part in item["loc"]) or "event"
+        match item["type"]:
+            case "missing":
+                found.append(f"{field} is missing")
+            case "extra_forbidden":
+                found.append(f"{_shown(field)} is not a field of this event")
+            case _:
+                found.append(f"{field} is {_shown(item['input'])}: {_rule(item['msg'])}")
+    return "; ".join(found) + "."
+
+
+def _rule(message: str) -> str:
+    return message[0].lower() + message[1:] if message.startswith(("String", "Input")) else message
+
+
+def _shown(value: object) -> str:
+    """A value as an error may show it: ASCII only, at most some 60 characters, whatever it is."""
+    if isinstance(value, str):
+        return ascii(value if len(value) <= 60 else value[:57] + "…")  # noqa: PLR2004 - the promise above
+    if isinstance(value, Decimal):
+        return str(value)[:60]
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**40 else "an integer of more than 40 digits"
+    if value is None or isinstance(value, float):
+        return str(value)
+    return {dict: "an object", list: "a list", DuplicateKeys: "an object"}.get(type(value), type(value).__name__)
