@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
-from json.encoder import encode_basestring  # type: ignore[attr-defined]  # public in effect: json's own C escape
+from json.encoder import encode_basestring
 from typing import Any, Final
 
 #: Powers of ten a number may reach either way; beyond, its plain text would be longer than any limit allows.
@@ -29,6 +29,12 @@ class JsonNumber(Decimal):
     __slots__ = ()
 
 
+class JsonText(str):
+    """A text that is JSON already, such as stored metadata: `write_json` puts it in as it is."""
+
+    __slots__ = ()
+
+
 class DuplicateKeys(dict[str, Any]):
     """A JSON object in which `name` stood twice. Kept as a value so that only its own event is refused."""
 
@@ -43,18 +49,22 @@ def read_json(text: str | bytes) -> Any:  # noqa: ANN401 - JSON is any value
     that one bad event of many does not take the others with it.
     """
     return json.loads(
-        text, parse_float=JsonNumber, parse_int=_read_int, parse_constant=JsonNumber, object_pairs_hook=_read_object
+        text,
+        parse_float=JsonNumber,
+        parse_int=_read_int,
+        parse_constant=JsonNumber,
+        object_pairs_hook=_read_object,
     )
 
 
-def write_json(value: object, *, max_depth: int = 64) -> str:
-    """The canonical text of a value.
+def write_json(value: object, *, max_depth: int = 64, sort_keys: bool = True) -> str:
+    """The canonical text of a value; without `sort_keys` as exact, but for a reader: keys in the order they came.
 
     Raises NotCanonical where it has none: NaN, Infinity, an exponent beyond ±400, duplicate keys, a NUL or
     a lone surrogate in a string, a key that is no string, nesting deeper than `max_depth`, kombu's type tags.
     """
     parts: list[str] = []
-    _write(value, parts.append, max_depth, "")
+    _write(value, parts.append, sorted if sort_keys else list, max_depth, "")
     return "".join(parts)
 
 
@@ -80,9 +90,9 @@ def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return marked
 
 
-def _write(value: object, emit: Any, depth: int, at: str) -> None:  # noqa: ANN401, C901, PLR0912 - one straight list of kinds
+def _write(value: object, emit: Any, order: Any, depth: int, at: str) -> None:  # noqa: ANN401, C901, PLR0912 - one straight list of kinds
     if isinstance(value, str):
-        emit(_string(value, at))
+        emit(value if isinstance(value, JsonText) else _string(value, at))
     elif value is None:
         emit("null")
     elif value is True:
@@ -104,7 +114,7 @@ def _write(value: object, emit: Any, depth: int, at: str) -> None:  # noqa: ANN4
             raise NotCanonical(f"{at or 'it'} holds a Python {value['__type__']!s:.20}; send plain JSON")
         separator = "{"
         try:
-            names = sorted(value)
+            names = order(value)
         except TypeError:
             raise NotCanonical(f"{at or 'it'} has a key that is not a string") from None
         for name in names:
@@ -114,7 +124,7 @@ def _write(value: object, emit: Any, depth: int, at: str) -> None:  # noqa: ANN4
             separator = ","
             emit(_string(name, at))
             emit(":")
-            _write(value[name], emit, depth - 1, f"{at}.{name:.40}" if at else f"{name:.40}")
+            _write(value[name], emit, order, depth - 1, f"{at}.{name:.40}" if at else f"{name:.40}")
         emit("}" if names else "{}")
     elif isinstance(value, list | tuple):
         if depth == 0:
@@ -123,7 +133,7 @@ def _write(value: object, emit: Any, depth: int, at: str) -> None:  # noqa: ANN4
         for index, item in enumerate(value):
             emit(separator)
             separator = ","
-            _write(item, emit, depth - 1, f"{at}[{index}]")
+            _write(item, emit, order, depth - 1, f"{at}[{index}]")
         emit("]" if value else "[]")
     else:
         raise NotCanonical(f"{at or 'it'} is a {type(value).__name__}, which JSON does not have")

@@ -122,7 +122,9 @@ def _no_nul(text: str) -> str:
     return text
 
 
-UserId: TypeAlias = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=128), AfterValidator(_no_nul)]
+UserId: TypeAlias = Annotated[
+    str, StringConstraints(strict=True, min_length=1, max_length=128), AfterValidator(_no_nul)
+]
 Label: TypeAlias = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200), AfterValidator(_no_nul)]
 Amount: TypeAlias = Annotated[
     Decimal,
@@ -180,7 +182,7 @@ class Burn(_Event):
 
 Event: TypeAlias = Accrual | Burn
 
-_MODELS: Final[dict[str, type[Accrual] | type[Burn]]] = {"accrual": Accrual, "burn": Burn}
+_MODELS: Final[dict[str, type[Accrual | Burn]]] = {"accrual": Accrual, "burn": Burn}
 
 
 class InvalidEvent(ValueError):
@@ -200,7 +202,7 @@ def parse_event(data: object, *, type_: str | None = None, max_amount: int = MAX
     kind = data.get("type", type_)
     model = _MODELS.get(kind) if isinstance(kind, str) else None
     if model is None or (type_ is not None and kind != type_):
-        raise InvalidEvent(f'type is {_shown(kind)}: must be {_shown(type_) if type_ else "accrual or burn"}.')
+        raise InvalidEvent(f"type is {_shown(kind)}: must be {_shown(type_) if type_ else 'accrual or burn'}.")
     try:
         return model.model_validate(data, context={"max_amount": max_amount})
     except ValidationError as error:
@@ -250,4 +252,4 @@ def _shown(value: object) -> str:
         return str(value) if abs(value) < 10**40 else "an integer of more than 40 digits"
     if value is None or isinstance(value, float):
         return str(value)
-    return {dict: "an object", list: "a list", DuplicateKeys: "an object"}.get(type(value), type(value).__name__)
+    return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else type(value).__name__

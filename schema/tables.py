@@ -60,6 +60,7 @@ DEAD_LETTER_REASONS: Final = (
     "invalid_event",  # a field breaks its rule
     "conflict",  # the idempotency key stands for another event
     "refused_by_database",  # PostgreSQL refused this event alone (class 22, class 23, 54001)
+    "internal_error",  # our own code failed on this event alone: a bug to report, and to replay once mended
     "poison",  # workers died of it
     "oversized",  # larger than a message may be
     "revoked",
@@ -96,11 +97,10 @@ class Account(Base):
         CheckConstraint("balance >= 0", name="balance_not_negative"),
         CheckConstraint("sequence >= 0", name="sequence_not_negative"),
         CheckConstraint(
-            "(sequence = 0) = (head_hash IS NULL) AND (sequence = 0) = (opening_balance IS NULL)", name="head_of_records"
+            "(sequence = 0) = (head_hash IS NULL) AND (sequence = 0) = (opening_balance IS NULL)",
+            name="head_of_records",
         ),
-        CheckConstraint(
-            "rejections >= 0 AND (rejections = 0) = (rejection_head IS NULL)", name="head_of_rejections"
-        ),
+        CheckConstraint("rejections >= 0 AND (rejections = 0) = (rejection_head IS NULL)", name="head_of_rejections"),
         # Room on the page for the next version of a row that is updated for ever (HOT): no index entry a time.
         {"postgresql_with": {"fillfactor": 70}},
     )
@@ -208,7 +208,10 @@ class RejectedEvent(Base):
         CheckConstraint("type IN ('accrual', 'burn')", name="type_known"),
         CheckConstraint(_one_of("reason", REJECTION_REASONS), name="reason_known"),
         CheckConstraint("amount > 0", name="amount_positive"),
-        CheckConstraint("(type = 'accrual') = (source IS NOT NULL) AND (type = 'burn') = (action IS NOT NULL)", name="what"),
+        CheckConstraint(
+            "(type = 'accrual') = (source IS NOT NULL) AND (type = 'burn') = (action IS NOT NULL)",
+            name="what",
+        ),
     )
 
     user_id: Mapped[str] = mapped_column(Key)
@@ -238,7 +241,8 @@ class DeadLetter(Base):
         CheckConstraint(_one_of("state", DEAD_LETTER_STATES), name="state_known"),
         CheckConstraint("deliveries > 0", name="deliveries_from_one"),
         CheckConstraint(
-            "state = 'open' OR state_changed_at IS NOT NULL AND state_changed_by IS NOT NULL", name="who_and_when"
+            "state = 'open' OR state_changed_at IS NOT NULL AND state_changed_by IS NOT NULL",
+            name="who_and_when",
         ),
         # Receipts ask by key, operators by user; most letters without a user need no entry.
         Index(
@@ -281,7 +285,8 @@ class GlobalTokenBalance(Base):
     __tablename__ = "global_token_balance"
     __table_args__ = (
         CheckConstraint(
-            "(issued IS NULL) = (burned IS NULL) AND (issued IS NULL OR balance = 0)", name="legacy_row_or_stripe"
+            "(issued IS NULL) = (burned IS NULL) AND (issued IS NULL OR balance = 0)",
+            name="legacy_row_or_stripe",
         ),
     )
 

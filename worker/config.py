@@ -45,7 +45,8 @@ class Settings(BaseSettings):
         2.0, description="Seconds a burn that meets too small a balance waits for its accrual."
     )
     visibility_timeout: Annotated[int, Field(ge=1, le=86_400)] = Field(
-        120, description="Seconds without a sign of life after which a worker's messages go back to the queue."
+        120,
+        description="Seconds without a sign of life after which a worker's messages go back to the queue.",
     )
     lock_timeout: Annotated[float, Field(gt=0, le=60)] = Field(
         2.0, description="Seconds a batch waits for another's row locks before it tries again."
@@ -54,7 +55,8 @@ class Settings(BaseSettings):
         30.0, description="Seconds any one statement of the worker may take."
     )
     idle_in_transaction_timeout: Annotated[float, Field(gt=0, le=600)] = Field(
-        10.0, description="Seconds after which PostgreSQL ends a worker that holds locks and does nothing (a frozen one)."
+        10.0,
+        description="Seconds after which PostgreSQL ends a worker that holds locks and does nothing (a frozen one).",
     )
     stripes: Annotated[int, Field(ge=1, le=1000)] = Field(
         16, description="Rows the global token balance is spread over, so that workers do not wait for one."
@@ -65,7 +67,9 @@ class Settings(BaseSettings):
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
     log_format: str = Field("auto", description="json, console, or auto: console on a terminal, else json.")
     pg_bin: Path | None = Field(None, description="Folder of initdb and postgres, instead of the embedded ones.")
-    valkey_server: Path | None = Field(None, description="A valkey-server or redis-server, instead of the embedded one.")
+    valkey_server: Path | None = Field(
+        None, description="A valkey-server or redis-server, instead of the embedded one."
+    )
 
     @field_validator("database_url")
     @classmethod
@@ -111,7 +115,7 @@ def settings() -> Settings:
     try:
         found = Settings()
         servers = _running_servers()
-        update = {
+        update: dict[str, Any] = {
             name: SecretStr(servers[name])
             for name in ("database_url", "broker_url")
             if getattr(found, name) is None and name in servers

@@ -9,10 +9,11 @@ starts. Downgrade refuses once the trail holds a row, unless told `-x drop-histo
 
 from __future__ import annotations
 
-import sqlalchemy as sa
 from alembic import context, op
+from alembic.util import CommandError
+from sqlalchemy.exc import DBAPIError
 
-from migrations.steps import add_constraint, add_index, briefly, patiently, steps
+from migrations.steps import add_constraint, add_index, briefly, steps
 
 revision: str = "0002"
 down_revision: str | None = "0001"
@@ -104,12 +105,13 @@ CREATE TABLE IF NOT EXISTS dead_letter (
     CONSTRAINT pk_dead_letter PRIMARY KEY (id),
     CONSTRAINT uq_dead_letter_fingerprint UNIQUE (fingerprint),
     CONSTRAINT ck_dead_letter_reason_known CHECK (reason IN ('unknown_task', 'undecodable', 'invalid_arguments',
-        'invalid_event', 'conflict', 'refused_by_database', 'poison', 'oversized', 'revoked', 'expired', 'scheduled')),
+        'invalid_event', 'conflict', 'refused_by_database', 'internal_error', 'poison', 'oversized', 'revoked', 'expired', 'scheduled')),
     CONSTRAINT ck_dead_letter_state_known CHECK (state IN ('open', 'replayed', 'discarded')),
     CONSTRAINT ck_dead_letter_deliveries_from_one CHECK (deliveries > 0),
     CONSTRAINT ck_dead_letter_who_and_when CHECK (
         state = 'open' OR state_changed_at IS NOT NULL AND state_changed_by IS NOT NULL)
 );
+-- squawk-ignore require-concurrent-index-creation
 CREATE INDEX IF NOT EXISTS ix_dead_letter_user_id_idempotency_key
     ON dead_letter (user_id, idempotency_key) WHERE user_id IS NOT NULL;
 CREATE TABLE IF NOT EXISTS token_flow (
@@ -195,7 +197,7 @@ def upgrade() -> None:
         briefly("""
             CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
             BEGIN
-                RAISE EXCEPTION '% is append-only: % refused', TG_TABLE_NAME, TG_OP
+                RAISE EXCEPTION '% of % refused: the audit trail is append-only', TG_OP, TG_TABLE_NAME
                     USING ERRCODE = 'restrict_violation',
                           HINT = 'Correct a record with another one: tokentrail correct.';
             END $$
@@ -209,11 +211,13 @@ def upgrade() -> None:
             CREATE OR REPLACE TRIGGER keep_account BEFORE DELETE OR TRUNCATE ON account
             FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()
         """)
-        patiently("RESET lock_timeout")
 
 
 def downgrade() -> None:
-    if not context.is_offline_mode() and "drop-history" not in context.get_x_argument(as_dictionary=True):
+    # Keeps every worker out until the end, so that nothing is recorded between the look and the drop.
+    op.execute("SET LOCAL lock_timeout = '10s'")
+    op.execute("LOCK TABLE account, transaction_record, rejected_event, dead_letter IN ACCESS EXCLUSIVE MODE")
+    if "drop-history" not in context.get_x_argument(as_dictionary=True):
         _refuse_to_lose_history()
 
     for table in APPEND_ONLY:
@@ -243,15 +247,23 @@ def downgrade() -> None:
 
 
 def _refuse_to_lose_history() -> None:
-    """Look under a lock that keeps every worker out, so that nothing is recorded between the look and the drop."""
-    op.execute("LOCK TABLE account, transaction_record, rejected_event, dead_letter IN ACCESS EXCLUSIVE MODE")
-    held = [
-        table
-        for table in ("transaction_record", "rejected_event", "dead_letter")
-        if op.get_bind().scalar(sa.text(f"SELECT EXISTS (SELECT FROM {table})"))
-    ]
-    if held:
-        raise RuntimeError(
-            f"The downgrade would drop the audit trail, and {' and '.join(held)} hold rows. "
-            "Back up first; to drop them for good: alembic -x drop-history downgrade 0001."
-        )
+    """Refuse in the database itself, so that what `--sql` prints refuses too."""
+    try:
+        op.execute("""
+            DO $$
+            DECLARE
+                held text := concat_ws(', ',
+                    CASE WHEN EXISTS (SELECT FROM transaction_record) THEN 'transaction_record' END,
+                    CASE WHEN EXISTS (SELECT FROM rejected_event) THEN 'rejected_event' END,
+                    CASE WHEN EXISTS (SELECT FROM dead_letter) THEN 'dead_letter' END);
+            BEGIN
+                IF held <> '' THEN
+                    RAISE EXCEPTION 'The downgrade would drop the audit trail, which holds rows (%); back up, then '
+                        'drop them for good with: alembic -x drop-history downgrade 0001', held
+                        USING ERRCODE = 'restrict_violation';
+                END IF;
+            END $$
+        """)
+    except DBAPIError as error:
+        message = getattr(getattr(error.orig, "diag", None), "message_primary", None)
+        raise CommandError(message or str(error.orig)) from error

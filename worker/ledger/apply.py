@@ -1,0 +1,269 @@
+"""One batch of deliveries in one database transaction: lock → look up → decide → record. The order is the proof."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
+from functools import reduce
+from typing import Any
+
+from psycopg import Connection, Cursor
+
+from schema.canonical import plain_number
+from schema.events import Accrual, Event
+
+from . import chain, dead_letters, store
+from .dead_letters import Letter
+from .outcomes import Applied, DeadLettered, Decision, Delivery, Outcome, Rejected, Undecided
+from .rules import CLOCK_TOLERANCE, MONEY, Reason, decide, too_far_ahead
+from .store import Account, Earlier, Flow, copy_bytes, copy_line, copy_text
+
+
+def apply_batch(
+    connection: Connection[Any],
+    deliveries: Sequence[Delivery],
+    *,
+    stripe: int,
+    letters: Sequence[Letter] = (),
+    clock: datetime | None = None,
+) -> list[Outcome]:
+    """Decide each delivery once, in the order given, and keep `letters`; all of it or, on any error, nothing.
+
+    A key that was decided before, here or by anyone, gets its first answer back. The statements are the same
+    few whatever the batch's size. `clock` stands in for the server's in tests.
+    Raises what PostgreSQL raises; the transaction is then rolled back.
+    """
+    with connection.transaction(), connection.cursor() as cursor:
+        batch = _Batch(stripe)
+        if deliveries:
+            users = sorted({delivery.event.user_id for delivery in deliveries})
+            store.open_accounts(cursor, users)
+            store.lock_accounts(cursor, users)
+            batch.accounts, now = store.read_accounts(cursor, users)
+            batch.now = clock or now
+            # Only under the locks: by now a concurrent delivery of the same key has committed or not begun.
+            batch.earlier = store.look_up(cursor, deliveries)
+            batch.outcomes = [batch.decide(delivery) for delivery in deliveries]
+        batch.letters.extend(letters)
+        batch.record(cursor)
+        return batch.outcomes
+
+
+class _Batch:
+    """What one transaction has read, decided and is about to write."""
+
+    def __init__(self, stripe: int) -> None:
+        self.stripe = stripe
+        self.accounts: dict[str, Account] = {}
+        self.earlier: dict[tuple[str, str], Earlier] = {}
+        self.now: datetime | None = None
+        self.outcomes: list[Outcome] = []
+        self.letters: list[Letter] = []
+        self.conflicts: list[tuple[int, Delivery, Earlier]] = []
+        self.events: dict[tuple[str, str], Event] = {}  # decided in this very batch
+        self.moved: dict[str, Account] = {}
+        self.flows: defaultdict[datetime, Flow] = defaultdict(Flow)
+        self.lines: defaultdict[str, list[str]] = defaultdict(list)
+        self._decided = 0
+
+    def decide(self, delivery: Delivery) -> Outcome:
+        """The answer to one delivery; what it means is noted for `record`."""
+        place, self._decided = self._decided, self._decided + 1
+        event = delivery.event
+        key = (event.user_id, event.idempotency_key)
+        if earlier := self.earlier.get(key):
+            if earlier.payload_hash == delivery.payload_hash:
+                return earlier.decision
+            self.conflicts.append((place, delivery, earlier))
+            return DeadLettered("conflict", "")  # `record` finds the words
+
+        assert self.now is not None
+        if too_far_ahead(event.occurred_at, self.now):
+            return self._dead(delivery, "invalid_event", _ahead(event))
+        account = self.accounts[event.user_id]
+        verdict = decide(event.type, event.amount, account.balance)
+        decision: Decision
+        if isinstance(verdict, Decimal):
+            decision = self._apply(delivery, account, verdict)
+        elif verdict is Reason.INSUFFICIENT_TOKENS and not delivery.final:
+            return Undecided(account.balance)
+        else:
+            decision = self._reject(delivery, account, verdict)
+        self.earlier[key] = Earlier(delivery.payload_hash, decision._replace(repeated=True))
+        self.events[key] = event
+        return decision
+
+    def _apply(self, delivery: Delivery, account: Account, after: Decimal) -> Applied:
+        event, before = delivery.event, account.balance
+        moment = self._moment(account)
+        created, amount = moment.isoformat(" "), chain.money(event.amount)
+        money_before, money_after = chain.money(before), chain.money(after)
+        if account.sequence == 0:
+            account.opening_balance = before
+        account.sequence += 1
+        account.balance = after
+        account.head_hash = chain.record_hash(
+            event,
+            account.sequence,
+            amount,
+            money_before,
+            money_after,
+            chain.micros(moment),
+            delivery.payload_hash,
+            account.head_hash,
+        )
+
+        user, number = copy_text(event.user_id), str(account.sequence)
+        self.lines["transaction_record"].append(
+            copy_line(
+                user,
+                number,
+                copy_text(event.idempotency_key),
+                event.type,
+                amount,
+                money_before,
+                money_after,
+                copy_text(event.metadata),
+                None if event.occurred_at is None else event.occurred_at.isoformat(" "),
+                created,
+                copy_bytes(delivery.payload_hash),
+                copy_bytes(account.head_hash),
+                str(chain.VERSION),
+            )
+        )
+        flow = self._flow(moment)
+        if isinstance(event, Accrual):
+            self.lines["accrual_record"].append(copy_line(user, number, amount, copy_text(event.source), created))
+            flow.accruals += 1
+            flow.issued = MONEY.add(flow.issued, event.amount)
+        else:
+            self.lines["burned_credit"].append(
+                copy_line(user, number, amount, copy_text(event.action), money_before, money_after, created)
+            )
+            flow.burns += 1
+            flow.burned = MONEY.add(flow.burned, event.amount)
+        return Applied(account.sequence, before, after)
+
+    def _reject(self, delivery: Delivery, account: Account, reason: Reason) -> Rejected:
+        event = delivery.event
+        moment = self._moment(account)
+        amount, balance = chain.money(event.amount), chain.money(account.balance)
+        account.rejections += 1
+        account.rejection_head = chain.rejection_hash(
+            event,
+            account.rejections,
+            amount,
+            reason,
+            balance,
+            chain.micros(moment),
+            delivery.payload_hash,
+            account.rejection_head,
+        )
+        self.lines["rejected_event"].append(
+            copy_line(
+                copy_text(event.user_id),
+                str(account.rejections),
+                copy_text(event.idempotency_key),
+                event.type,
+                amount,
+                copy_text(event.source) if isinstance(event, Accrual) else None,
+                None if isinstance(event, Accrual) else copy_text(event.action),
+                copy_text(event.metadata),
+                None if event.occurred_at is None else event.occurred_at.isoformat(" "),
+                moment.isoformat(" "),
+                reason,
+                balance,
+                copy_bytes(delivery.payload_hash),
+                copy_bytes(account.rejection_head),
+                str(chain.VERSION),
+            )
+        )
+        self._flow(moment).rejections += 1
+        return Rejected(account.rejections, reason, account.balance, event.amount)
+
+    def _moment(self, account: Account) -> datetime:
+        """When the account's next row is made: now, or its last moment if the clock has gone back since."""
+        assert self.now is not None
+        moment = self.now
+        if account.last_recorded_at is not None and account.last_recorded_at > moment:
+            moment = account.last_recorded_at
+        account.last_recorded_at = moment
+        self.moved[account.user_id] = account
+        return moment
+
+    def _flow(self, moment: datetime) -> Flow:
+        return self.flows[moment.replace(minute=0, second=0, microsecond=0)]
+
+    def _dead(self, delivery: Delivery, reason: str, detail: str) -> DeadLettered:
+        self.letters.append(Letter.of_event(reason, detail, delivery.event, delivery.origin))
+        return DeadLettered(reason, detail)
+
+    def record(self, cursor: Cursor[Any]) -> None:
+        """Write everything down. The stripe comes last: every other batch on it waits from here to the commit."""
+        self._explain_conflicts(cursor)
+        for table in store.RECORDED:
+            if lines := self.lines.get(table):
+                store.record(cursor, table, lines)
+        if self.letters:
+            dead_letters.keep(cursor, self.letters, self.now)
+        if self.moved:
+            store.move_balances(cursor, list(self.moved.values()))
+            # Not sum(): it would add in the ambient context, which rounds.
+            issued = reduce(MONEY.add, (flow.issued for flow in self.flows.values()), Decimal(0))
+            burned = reduce(MONEY.add, (flow.burned for flow in self.flows.values()), Decimal(0))
+            store.add_to_supply(cursor, self.stripe, issued, burned)
+            store.add_to_hours(cursor, self.stripe, self.flows)
+
+    def _explain_conflicts(self, cursor: Cursor[Any]) -> None:
+        keys = [(delivery.event.user_id, delivery.event.idempotency_key) for _, delivery, _ in self.conflicts]
+        if elsewhere := set(keys) - self.events.keys():
+            stored = store.contents(cursor, elsewhere)
+        for (place, delivery, earlier), key in zip(self.conflicts, keys, strict=True):
+            content = _content(self.events[key]) if key in self.events else stored[key]
+            self.outcomes[place] = self._dead(delivery, "conflict", _differences(delivery.event, content, earlier))
+
+
+def _content(event: Event) -> dict[str, Any]:
+    return {
+        "type": event.type,
+        "amount": event.amount,
+        "source": event.source if isinstance(event, Accrual) else None,
+        "action": None if isinstance(event, Accrual) else event.action,
+        "metadata": event.metadata,
+        "occurred_at": event.occurred_at,
+    }
+
+
+def _differences(event: Event, stored: dict[str, Any], earlier: Earlier) -> str:
+    """The sentence of a conflict: which fields differ, and how."""
+    differing = [
+        f"{field} is {_shown(value)}, was {_shown(stored[field])}"
+        for field, value in _content(event).items()
+        if value != stored[field]
+    ]
+    decision = earlier.decision
+    first = (
+        f"applied as #{decision.sequence}" if isinstance(decision, Applied) else f"rejected as no. {decision.number}"
+    )
+    return (
+        f"This idempotency key was {first} with other content: {'; '.join(differing)}. "
+        "Send a new event under a new key."
+    )
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, Decimal):
+        return plain_number(value)
+    text = value.isoformat() if isinstance(value, datetime) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"  # noqa: PLR2004 - a sentence, not a dump
+
+
+def _ahead(event: Event) -> str:
+    return (
+        f"occurred_at is {event.occurred_at}, more than {CLOCK_TOLERANCE.days} day ahead of the ledger's clock: "
+        "check the producer's clock and time zone."
+    )

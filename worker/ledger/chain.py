@@ -1,0 +1,156 @@
+"""The canonical form of what is recorded, and the hash that chains each record to the one before.
+
+Version 1. Every field is its length in bytes, a colon and its text (`~` alone for NULL), in a fixed order, and the
+whole is UTF-8: no two different records share a form. Numbers have exactly 18 decimals, times are microseconds since
+1970, hashes are hex, metadata is its canonical JSON text. Each form ends with the predecessor's hash, so that
+changing, removing or inserting a record breaks every hash after it. `RECORD_FORM` and `REJECTION_FORM` are the same
+forms as SQL expressions: PostgreSQL alone can recompute a chain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Final
+
+from schema.events import Accrual, Event
+
+VERSION: Final = 1
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_NULL: Final = "~"
+
+
+def payload_hash(event: Event) -> bytes:
+    """sha256 over the content of an event: what must be the same whenever its key is used again.
+
+    An absent field is left out, so that a field added later changes no hash of events without it.
+    """
+    form = (
+        _field(event.type)
+        + _field(event.user_id)
+        + _field(money(event.amount))
+        + _field("source" if isinstance(event, Accrual) else "action")
+        + _field(event.what)
+    )
+    if event.metadata is not None:
+        form += _field("metadata") + _field(event.metadata)
+    if event.occurred_at is not None:
+        form += _field("occurred_at") + _field(micros(event.occurred_at))
+    return hashlib.sha256(form.encode()).digest()
+
+
+def record_hash(
+    event: Event,
+    sequence: int,
+    amount: str,
+    before: str,
+    after: str,
+    created_at: str,
+    payload: bytes,
+    predecessor: bytes | None,
+) -> bytes:
+    """The hash of an account's record `sequence`. Money as `money` writes it, time as `micros` does."""
+    form = (
+        _event_form(event, str(sequence), amount)
+        + _field(before)
+        + _field(after)
+        + _closing(created_at, payload, predecessor)
+    )
+    return hashlib.sha256(form.encode()).digest()
+
+
+def rejection_hash(
+    event: Event,
+    number: int,
+    amount: str,
+    reason: str,
+    balance: str,
+    created_at: str,
+    payload: bytes,
+    predecessor: bytes | None,
+) -> bytes:
+    """The hash of an account's rejection `number`."""
+    form = (
+        _event_form(event, str(number), amount)
+        + _field(reason)
+        + _field(balance)
+        + _closing(created_at, payload, predecessor)
+    )
+    return hashlib.sha256(form.encode()).digest()
+
+
+def money(amount: Decimal) -> str:
+    """An amount as NUMERIC(38,18) prints it: always 18 decimals."""
+    return format(amount, ".18f")
+
+
+def micros(moment: datetime) -> str:
+    """Microseconds since 1970, exact."""
+    return str((moment - _EPOCH) // _MICROSECOND)
+
+
+def _event_form(event: Event, number: str, amount: str) -> str:
+    return (
+        _field(event.user_id)
+        + _field(number)
+        + _field(event.idempotency_key)
+        + _field(event.type)
+        + _field(amount)
+        + _field(event.what)
+        + (_NULL if event.metadata is None else _field(event.metadata))
+        + (_NULL if event.occurred_at is None else _field(micros(event.occurred_at)))
+    )
+
+
+def _closing(created_at: str, payload: bytes, predecessor: bytes | None) -> str:
+    return _field(created_at) + _field(payload.hex()) + (_NULL if predecessor is None else _field(predecessor.hex()))
+
+
+def _field(text: str) -> str:
+    return f"{len(text) if text.isascii() else len(text.encode())}:{text}"
+
+
+def _sql(*expressions: str) -> str:
+    fields = ", ".join(f"coalesce(octet_length({x}) || ':' || ({x}), '{_NULL}')" for x in expressions)
+    return f"sha256(convert_to(concat({fields}), 'UTF8'))"
+
+
+def _sql_micros(column: str) -> str:
+    return f"(extract(epoch FROM {column}) * 1000000)::bigint::text"
+
+
+def _sql_event(number: str, what: str) -> tuple[str, ...]:
+    return (
+        "r.user_id",
+        f"r.{number}::text",
+        "r.idempotency_key",
+        "r.type",
+        "r.amount::text",
+        what,
+        "r.metadata::text",
+        _sql_micros("r.occurred_at"),
+    )
+
+
+#: The hash of row `r` of transaction_record with detail rows `a` and `b` and the predecessor's hash `previous`.
+RECORD_FORM: Final = _sql(
+    *_sql_event("sequence", "CASE r.type WHEN 'accrual' THEN a.source ELSE b.action END"),
+    "r.balance_before::text",
+    "r.balance_after::text",
+    _sql_micros("r.created_at"),
+    "encode(r.payload_hash, 'hex')",
+    "encode(previous, 'hex')",
+)
+
+#: The hash of row `r` of rejected_event with the predecessor's hash `previous`.
+REJECTION_FORM: Final = _sql(
+    *_sql_event("number", "coalesce(r.source, r.action)"),
+    "r.reason",
+    "r.balance::text",
+    _sql_micros("r.created_at"),
+    "encode(r.payload_hash, 'hex')",
+    "encode(previous, 'hex')",
+)

@@ -1,0 +1,94 @@
+"""What goes into the ledger, and the answers that come out: each reads as one short line, as Flower shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import NamedTuple, TypeAlias
+
+from schema.canonical import plain_number
+from schema.events import Event
+
+from .chain import payload_hash
+from .rules import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The message a delivery came in: what a dead letter keeps of it."""
+
+    task: str | None = None
+    message_id: str | None = None
+    body: bytes = b""
+    headers: str | None = None  # JSON text
+    event_index: int | None = None  # place in a bulk message
+
+
+class Delivery(NamedTuple):
+    """One arrival of an event, ready to be decided."""
+
+    event: Event
+    payload_hash: bytes
+    origin: Origin
+    #: Whether too small a balance is the final answer. If not, the burn stays undecided and nothing is written.
+    final: bool
+
+    @classmethod
+    def of(cls, event: Event, origin: Origin | None = None, *, final: bool = True) -> Delivery:
+        """Hashes the event's content, so that no lock is held meanwhile."""
+        return cls(event, payload_hash(event), origin or Origin(), final)
+
+
+class Applied(NamedTuple):
+    """The event is record `sequence` of its account."""
+
+    sequence: int
+    balance_before: Decimal
+    balance_after: Decimal
+    repeated: bool = False  # decided by an earlier delivery
+
+    def __str__(self) -> str:
+        again = " (again)" if self.repeated else ""
+        return (
+            f"applied #{self.sequence}: {plain_number(self.balance_before)} → {plain_number(self.balance_after)}{again}"
+        )
+
+
+class Rejected(NamedTuple):
+    """The event was refused for good; it is rejection `number` of its account."""
+
+    number: int
+    reason: Reason
+    balance: Decimal
+    amount: Decimal
+    repeated: bool = False
+
+    def __str__(self) -> str:
+        held, asked = plain_number(self.balance), plain_number(self.amount)
+        again = " (again)" if self.repeated else ""
+        if self.reason is Reason.INSUFFICIENT_TOKENS:
+            return f"rejected: insufficient tokens, {held} held, {asked} asked{again}"
+        return f"rejected: balance limit, {held} held, {asked} more would pass 20 digits{again}"
+
+
+class Undecided(NamedTuple):
+    """The burn met too small a balance, and its caller wants to try again. Nothing was written."""
+
+    balance: Decimal
+
+    def __str__(self) -> str:
+        return f"undecided: {plain_number(self.balance)} held"
+
+
+class DeadLettered(NamedTuple):
+    """The message has no outcome; it is kept whole among the dead letters."""
+
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"dead letter ({self.reason}): {self.detail}"
+
+
+Decision: TypeAlias = Applied | Rejected
+Outcome: TypeAlias = Applied | Rejected | Undecided | DeadLettered

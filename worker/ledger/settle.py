@@ -1,0 +1,190 @@
+"""A batch until it is decided: "not now" is waited out, an event's own fault is singled out.
+
+Only what an event itself can cause ends in a dead letter; a database that is away, full, read-only or locked does
+not, however long it lasts. So an answer is always about the event, and never about the weather.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import psycopg
+import structlog
+
+from worker.config import Settings
+from worker.db import connect
+
+from .apply import apply_batch
+from .dead_letters import Letter
+from .errors import LOCK_NOT_AVAILABLE, MAX_CULPRITS, Interrupted, SuspiciousBatch, caused_by_event
+from .outcomes import DeadLettered, Delivery, Outcome
+from .store import unlocked
+
+log = structlog.get_logger(__name__)
+
+FIRST_PAUSE: Final = 0.05  # seconds before the second try; doubles, with jitter
+LONGEST_PAUSE: Final = 5.0  # seconds
+
+#: After so many lock timeouts in a row the free accounts go first, so that only those that are really locked wait.
+LOCK_TRIES: Final = 3
+
+#: Bugs that one event's content can trigger. Anything else in Python (memory, files) says nothing about the event.
+_OUR_BUGS: Final = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class Ledger:
+    """One database connection that decides batches, one at a time, for as long as it takes.
+
+    `stop` interrupts waiting; `degraded` is told a sentence when waiting begins and None when it is over.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        stripe: int,
+        stop: threading.Event | None = None,
+        degraded: Callable[[str | None], None] = lambda _: None,
+    ) -> None:
+        self._settings = settings
+        self._stripe = stripe
+        self._stop = stop or threading.Event()
+        self._degraded = degraded
+        self._connection: psycopg.Connection[Any] | None = None
+        self._trouble: str | None = None
+
+    def settle(self, deliveries: Sequence[Delivery], letters: Sequence[Letter] = ()) -> list[Outcome]:
+        """The outcome of each delivery, durable; the letters are kept.
+
+        Raises Interrupted when stopped while waiting (undecided deliveries must then be delivered again), and
+        SuspiciousBatch when the database refuses more than MAX_CULPRITS of the events.
+        """
+        return _Settlement(self).settle(list(deliveries), list(letters))
+
+    def close(self) -> None:
+        """Close the connection; the ledger opens another when it is used again."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def attempt(self, deliveries: Sequence[Delivery], letters: Sequence[Letter]) -> list[Outcome]:
+        """One transaction, once. Raises whatever goes wrong."""
+        if self._connection is None or self._connection.closed:
+            self._connection = connect(self._settings.database(), self._settings)
+        outcomes = apply_batch(self._connection, deliveries, stripe=self._stripe, letters=letters)
+        self._recovered()
+        return outcomes
+
+    def free_accounts(self, deliveries: Sequence[Delivery]) -> set[str]:
+        """Those of the deliveries' accounts that nobody holds locked; empty when that is all, none, or not to be known."""
+        users = sorted({delivery.event.user_id for delivery in deliveries})
+        try:
+            assert self._connection is not None
+            free = unlocked(self._connection, users)
+        except (psycopg.Error, AssertionError):
+            return set()  # the next try meets the same trouble and names it
+        return free if len(free) < len(users) else set()
+
+    def not_now(self, error: psycopg.Error, pause: float) -> None:
+        """Wait before the next try. Says so once, however many tries it takes."""
+        if self._connection is not None and self._connection.broken:
+            self.close()
+        trouble = _sentence(error)
+        if self._trouble is None:
+            log.warning("database not available, keeping messages and trying again", reason=trouble)
+        if self._trouble != trouble:
+            self._trouble = trouble
+            self._degraded(trouble)
+        if self._stop.wait(random.uniform(pause / 2, pause)):  # noqa: S311 - jitter
+            raise Interrupted(f"stopped while waiting: {trouble}")
+
+    def _recovered(self) -> None:
+        if self._trouble is not None:
+            log.info("database available again", was=self._trouble)
+            self._trouble = None
+            self._degraded(None)
+
+
+class _Settlement:
+    """One call of Ledger.settle: a batch, cut where it must be."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._culprits = 0
+
+    def settle(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
+        """Decide the deliveries in their order, cutting the batch in halves until each part goes through."""
+        pause, lock_timeouts = FIRST_PAUSE, 0
+        while True:
+            try:
+                return self._ledger.attempt(deliveries, letters)
+            except psycopg.Error as error:
+                if caused_by_event(error.sqlstate) or (error.sqlstate is None and isinstance(error, _CLIENT_SIDE)):
+                    return self._halve(deliveries, letters, error)
+                if error.sqlstate == LOCK_NOT_AVAILABLE:
+                    lock_timeouts += 1
+                    if lock_timeouts >= LOCK_TRIES and (free := self._ledger.free_accounts(deliveries)):
+                        return self._free_first(deliveries, letters, free)
+                self._ledger.not_now(error, pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+            except _OUR_BUGS as bug:
+                return self._halve(deliveries, letters, bug)
+
+    def _halve(self, deliveries: list[Delivery], letters: list[Letter], error: Exception) -> list[Outcome]:
+        """Single out whom the error is about: n events and k culprits take some 2 k log n transactions."""
+        if len(deliveries) + len(letters) <= 1:
+            return self._sentence_culprit(deliveries, letters, error)
+        if not deliveries:
+            middle = len(letters) // 2
+            return self.settle([], letters[:middle]) + self.settle([], letters[middle:])
+        if letters:
+            self.settle([], letters)
+            return self.settle(deliveries, [])
+        middle = len(deliveries) // 2
+        return self.settle(deliveries[:middle], []) + self.settle(deliveries[middle:], [])
+
+    def _sentence_culprit(self, deliveries: list[Delivery], letters: list[Letter], error: Exception) -> list[Outcome]:
+        if not deliveries:
+            # The letter itself cannot be written: a bug of ours, and the message must not be lost over it.
+            raise SuspiciousBatch(1, f"a dead letter ({letters[0].reason if letters else 'none'}): {_sentence(error)}")
+        self._culprits += 1
+        if self._culprits > MAX_CULPRITS:
+            raise SuspiciousBatch(self._culprits, _sentence(error))
+        delivery = deliveries[0]
+        reason = "refused_by_database" if isinstance(error, psycopg.Error) else "internal_error"
+        detail = _sentence(error)
+        log.warning(
+            "event kept as a dead letter",
+            reason=reason,
+            detail=detail,
+            user_id=delivery.event.user_id,
+            idempotency_key=delivery.event.idempotency_key,
+        )
+        self.settle([], [Letter.of_event(reason, detail, delivery.event, delivery.origin)])
+        return [DeadLettered(reason, detail)]
+
+    def _free_first(self, deliveries: list[Delivery], letters: list[Letter], free: set[str]) -> list[Outcome]:
+        """Decide what can be decided, then the locked accounts. Order within each account is kept."""
+        places: tuple[list[int], list[int]] = ([], [])
+        for place, delivery in enumerate(deliveries):
+            places[delivery.event.user_id not in free].append(place)
+        outcomes: dict[int, Outcome] = {}
+        for part, kept in zip(places, (letters, []), strict=True):
+            decided = self.settle([deliveries[place] for place in part], list(kept))
+            outcomes.update(zip(part, decided, strict=True))
+        return [outcomes[place] for place in range(len(deliveries))]
+
+
+#: What psycopg itself refuses to send, without asking the server.
+_CLIENT_SIDE: Final = (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError)
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error, with its SQLSTATE."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, psycopg.Error):
+        return f"{text} [{error.sqlstate}]" if error.sqlstate else text
+    return f"{type(error).__name__}: {text}"

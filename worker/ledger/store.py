@@ -1,0 +1,237 @@
+"""The SQL of a batch: each function is one statement (recording: one a table), whatever the batch's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final, NamedTuple
+
+from psycopg import Connection, Cursor
+
+from .outcomes import Applied, Decision, Delivery, Rejected
+from .rules import Reason
+
+
+@dataclass(slots=True)
+class Account:
+    """A locked account as the batch moves it."""
+
+    user_id: str
+    balance: Decimal
+    opening_balance: Decimal | None
+    sequence: int
+    head_hash: bytes | None
+    rejections: int
+    rejection_head: bytes | None
+    last_recorded_at: datetime | None
+
+
+class Earlier(NamedTuple):
+    """What a key already stands for."""
+
+    payload_hash: bytes
+    decision: Decision
+
+
+@dataclass(slots=True)
+class Flow:
+    """What a batch issued and burned in one hour."""
+
+    issued: Decimal = Decimal(0)
+    burned: Decimal = Decimal(0)
+    accruals: int = 0
+    burns: int = 0
+    rejections: int = 0
+
+
+def open_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
+    """Make sure that each account exists. In order, as locks are taken: two batches cannot wait for each other."""
+    cursor.execute(
+        'INSERT INTO account (user_id) SELECT u FROM unnest(%s::text[]) AS u ORDER BY u COLLATE "C"'
+        " ON CONFLICT DO NOTHING",
+        (users,),
+    )
+
+
+def lock_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
+    """Lock the accounts in order of user_id until the transaction ends."""
+    cursor.execute("SELECT FROM account WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE", (users,))
+
+
+def unlocked(connection: Connection[Any], users: Sequence[str]) -> set[str]:
+    """Those of the accounts whose lock could be had at once; it is not kept."""
+    rows = connection.execute(
+        "SELECT user_id FROM account WHERE user_id = ANY(%s) FOR UPDATE SKIP LOCKED", (list(users),)
+    )
+    return {row[0] for row in rows}
+
+
+def read_accounts(cursor: Cursor[Any], users: Sequence[str]) -> tuple[dict[str, Account], datetime]:
+    """The locked accounts, and the clock.
+
+    A statement of its own, begun when the locks are held: the locking one may have waited, and its snapshot is
+    from before the wait.
+    """
+    cursor.execute(
+        "SELECT user_id, balance, opening_balance, sequence, head_hash, rejections, rejection_head, last_recorded_at,"
+        " clock_timestamp() FROM account WHERE user_id = ANY(%s)",
+        (users,),
+    )
+    rows = cursor.fetchall()
+    return {row[0]: Account(*row[:8]) for row in rows}, max(row[8] for row in rows)
+
+
+def look_up(cursor: Cursor[Any], deliveries: Sequence[Delivery]) -> dict[tuple[str, str], Earlier]:
+    """What the deliveries' keys already stand for. Under the locks, so that no one else is deciding them."""
+    cursor.execute(
+        """
+        SELECT x.u, x.k, t.payload_hash, t.sequence, t.balance_before, t.balance_after, NULL, NULL
+        FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
+        JOIN transaction_record t ON t.user_id = x.u AND t.idempotency_key = x.k
+        UNION ALL
+        SELECT x.u, x.k, r.payload_hash, r.number, r.balance, NULL, r.reason, r.amount
+        FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
+        JOIN rejected_event r ON r.user_id = x.u AND r.idempotency_key = x.k
+        """,
+        {
+            "users": [delivery.event.user_id for delivery in deliveries],
+            "keys": [delivery.event.idempotency_key for delivery in deliveries],
+        },
+    )
+    found: dict[tuple[str, str], Earlier] = {}
+    for user, key, payload, number, balance, after, reason, amount in cursor:
+        decision: Decision = (
+            Applied(number, balance, after, repeated=True)
+            if reason is None
+            else Rejected(number, Reason(reason), balance, amount, repeated=True)
+        )
+        found[user, key] = Earlier(payload, decision)
+    return found
+
+
+def contents(cursor: Cursor[Any], keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The content that keys stand for, field by field, to say in what another event under them differs."""
+    users, names = zip(*keys, strict=True)
+    cursor.execute(
+        """
+        SELECT t.user_id, t.idempotency_key, t.type, t.amount, a.source, b.action, t.metadata::text, t.occurred_at
+        FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
+        JOIN transaction_record t ON t.user_id = x.u AND t.idempotency_key = x.k
+        LEFT JOIN accrual_record a ON a.user_id = t.user_id AND a.sequence = t.sequence
+        LEFT JOIN burned_credit b ON b.user_id = t.user_id AND b.sequence = t.sequence
+        UNION ALL
+        SELECT r.user_id, r.idempotency_key, r.type, r.amount, r.source, r.action, r.metadata::text, r.occurred_at
+        FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
+        JOIN rejected_event r ON r.user_id = x.u AND r.idempotency_key = x.k
+        """,
+        {"users": list(users), "keys": list(names)},
+    )
+    fields = ("type", "amount", "source", "action", "metadata", "occurred_at")
+    return {(row[0], row[1]): dict(zip(fields, row[2:], strict=True)) for row in cursor}
+
+
+#: Each table that recording fills, in the order that its foreign keys need, with the columns of a line.
+RECORDED: Final[Mapping[str, str]] = {
+    "transaction_record": "user_id, sequence, idempotency_key, type, amount, balance_before, balance_after, metadata,"
+    " occurred_at, created_at, payload_hash, hash, hash_version",
+    "accrual_record": "user_id, sequence, amount, source, created_at",
+    "burned_credit": "user_id, sequence, amount, action, balance_before, balance_after, created_at",
+    "rejected_event": "user_id, number, idempotency_key, type, amount, source, action, metadata, occurred_at,"
+    " created_at, reason, balance, payload_hash, hash, hash_version",
+}
+
+_COPY: Final = {table: f"COPY {table} ({columns}) FROM STDIN".encode() for table, columns in RECORDED.items()}
+
+
+def record(cursor: Cursor[Any], table: str, lines: Sequence[str]) -> None:
+    """Append lines in COPY's text format (`copy_line` makes them) to one of RECORDED's tables."""
+    with cursor.copy(_COPY[table]) as copy:
+        copy.write("".join(lines))
+
+
+def copy_line(*fields: str | None) -> str:
+    """One line in COPY's text format. Fields that may hold anything go through `copy_text` first."""
+    return "\t".join(["\\N" if field is None else field for field in fields]) + "\n"
+
+
+_ESCAPES: Final = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+def copy_text(text: str | None) -> str | None:
+    """Any text as a field of a COPY line."""
+    return None if text is None else text.translate(_ESCAPES)
+
+
+def copy_bytes(value: bytes) -> str:
+    """Bytes as a field of a COPY line."""
+    return "\\\\x" + value.hex()
+
+
+def move_balances(cursor: Cursor[Any], accounts: Sequence[Account]) -> None:
+    """Write the moved accounts back."""
+    cursor.execute(
+        """
+        UPDATE account SET balance = x.balance, opening_balance = x.opening_balance, sequence = x.sequence,
+            head_hash = x.head_hash, rejections = x.rejections, rejection_head = x.rejection_head,
+            last_recorded_at = x.last_recorded_at
+        FROM unnest(%s::text[], %s::numeric[], %s::numeric[], %s::bigint[], %s::bytea[], %s::bigint[], %s::bytea[],
+                    %s::timestamptz[])
+            AS x (user_id, balance, opening_balance, sequence, head_hash, rejections, rejection_head, last_recorded_at)
+        WHERE account.user_id = x.user_id
+        """,
+        (
+            [account.user_id for account in accounts],
+            [account.balance for account in accounts],
+            [account.opening_balance for account in accounts],
+            [account.sequence for account in accounts],
+            [account.head_hash for account in accounts],
+            [account.rejections for account in accounts],
+            [account.rejection_head for account in accounts],
+            [account.last_recorded_at for account in accounts],
+        ),
+    )
+
+
+def add_to_supply(cursor: Cursor[Any], stripe: int, issued: Decimal, burned: Decimal) -> None:
+    """Add to one stripe of the global token balance; after the accounts, so that its lock is held briefly."""
+    cursor.execute(
+        """
+        INSERT INTO global_token_balance AS stripe (id, issued, burned) VALUES (%s, %s, %s)
+        ON CONFLICT (id) DO UPDATE SET
+            issued = stripe.issued + excluded.issued, burned = stripe.burned + excluded.burned
+        WHERE stripe.issued IS NOT NULL
+        """,
+        (stripe, issued, burned),
+    )
+    if cursor.rowcount != 1:
+        raise RuntimeError(
+            f"row {stripe} of global_token_balance is from before the trail and cannot be a stripe: give it another id"
+        )
+
+
+def add_to_hours(cursor: Cursor[Any], stripe: int, flows: Mapping[datetime, Flow]) -> None:
+    """Add to what the stripe issued and burned hour by hour."""
+    hours = sorted(flows)
+    cursor.execute(
+        """
+        INSERT INTO token_flow AS flow (hour, stripe, issued, burned, accruals, burns, rejections)
+        SELECT x.hour, %s, x.issued, x.burned, x.accruals, x.burns, x.rejections
+        FROM unnest(%s::timestamptz[], %s::numeric[], %s::numeric[], %s::bigint[], %s::bigint[], %s::bigint[])
+            AS x (hour, issued, burned, accruals, burns, rejections)
+        ON CONFLICT (hour, stripe) DO UPDATE SET
+            issued = flow.issued + excluded.issued, burned = flow.burned + excluded.burned,
+            accruals = flow.accruals + excluded.accruals, burns = flow.burns + excluded.burns,
+            rejections = flow.rejections + excluded.rejections
+        """,
+        (
+            stripe,
+            hours,
+            [flows[hour].issued for hour in hours],
+            [flows[hour].burned for hour in hours],
+            [flows[hour].accruals for hour in hours],
+            [flows[hour].burns for hour in hours],
+            [flows[hour].rejections for hour in hours],
+        ),
+    )
