@@ -32,7 +32,7 @@ from worker.embedded.valkey import ValkeyServer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["EmbeddedError", "PostgresServer", "Servers", "ValkeyServer", "servers"]
+__all__ = ["EmbeddedError", "PostgresServer", "Servers", "ValkeyServer", "discard", "servers"]
 
 #: Seconds the guard may take to stop both servers before it is killed, and they with it.
 STOP_SECONDS = 60

@@ -1,0 +1,149 @@
+"""What every test can ask for: real servers, a database of its own, a broker of its own, programs.
+
+The servers are embedded ones, started once and thrown away. With DATABASE_URL or BROKER_URL in the
+environment those are used instead: databases are made and dropped there, and the broker's sixteen logical
+databases are flushed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+import redis
+
+from worker import config, embedded
+from worker.db import migrate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: What the machine has rather than what the product shall do: these may reach the tests from outside.
+OF_THE_MACHINE = {"TOKENTRAIL_PG_BIN", "TOKENTRAIL_VALKEY_SERVER"}
+
+
+class Addresses(NamedTuple):
+    """The servers of this run of the tests; tests ask for `database_url` and `broker_url`."""
+
+    database_url: str
+    broker_url: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def given(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """The addresses that the tests were given, after taking every setting out of the environment.
+
+    Else a shell's settings, or a `tokentrail up` that runs in this folder, would decide what is tested.
+    """
+    outside = {name: os.environ[name] for name in ("DATABASE_URL", "BROKER_URL") if name in os.environ}
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as environment:
+        for name in set(os.environ) - OF_THE_MACHINE:
+            if name in outside or name.startswith("TOKENTRAIL_"):
+                environment.delenv(name)
+        environment.setenv("TOKENTRAIL_HOME", str(home))
+        environment.setattr(config, "HOME", home)
+        yield outside
+
+
+@pytest.fixture(autouse=True)
+def settings_read_afresh() -> Iterator[None]:
+    """Settings are read once per process: here that is once per test."""
+    config.settings.cache_clear()
+    yield
+    config.settings.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def servers(given) -> Iterator[Addresses]:
+    with contextlib.ExitStack() as stack:
+        if len(given) < len(Addresses._fields):
+            pair = stack.enter_context(embedded.servers())
+            given = {"DATABASE_URL": pair.database_url, "BROKER_URL": pair.broker_url} | given
+        yield Addresses(given["DATABASE_URL"], given["BROKER_URL"])
+
+
+@pytest.fixture(scope="session")
+def template(servers) -> Iterator[str]:
+    """The name of a migrated database that nobody writes to: copying it is faster than migrating."""
+    with _database(servers.database_url) as url:
+        migrate(url)
+        yield urlsplit(url).path.removeprefix("/")
+
+
+@pytest.fixture
+def database_url(servers, template) -> Iterator[str]:
+    """A database of the test's own, migrated and empty."""
+    with _database(servers.database_url, template) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_database_url(servers) -> Iterator[str]:
+    """A database of the test's own, not migrated."""
+    with _database(servers.database_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _logical_databases() -> Iterator[int]:
+    return itertools.cycle(range(16))
+
+
+@pytest.fixture
+def broker_url(servers, _logical_databases) -> str:
+    """A logical database of the broker, empty; not the last test's, where a late answer may yet go."""
+    url = urlsplit(servers.broker_url)._replace(path=f"/{next(_logical_databases)}").geturl()
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
+
+
+@pytest.fixture
+def server_folder() -> Iterator[Path]:
+    """Where a test keeps servers of its own: a name with all that is difficult in names.
+
+    Not in `tmp_path`, whose parent is closed to others: PostgreSQL would evade it when we are root.
+    """
+    with tempfile.TemporaryDirectory(prefix="tokentrail-test-") as parent:
+        Path(parent).chmod(0o755)
+        folder = Path(parent) / "data of 'Zoë'"
+        yield folder
+        embedded.discard(folder)
+
+
+@pytest.fixture(scope="session")
+def requires_program() -> Callable[..., str]:
+    """`requires_program("chromium")`: where it is. Without it the test is skipped, in CI it fails."""
+
+    def find(name: str, path: str | None = None) -> str:
+        found = shutil.which(name, path=path)
+        if found is None:
+            reason = f"needs the program {name}: `make system-packages` installs it on Debian"
+            if os.environ.get("CI") == "true":
+                pytest.fail(reason)
+            pytest.skip(reason)
+        return found
+
+    return find
+
+
+@contextlib.contextmanager
+def _database(server_url: str, template: str = "template1") -> Iterator[str]:
+    name = f"tokentrail_{secrets.token_hex(6)}"
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    try:
+        yield urlsplit(server_url)._replace(path=f"/{name}").geturl()
+    finally:
+        with psycopg.connect(server_url, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
