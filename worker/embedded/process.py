@@ -29,8 +29,8 @@ LOGS = "logs"
 START_SECONDS = 60.0
 #: Seconds in which troubles of a start that pass by themselves are met with another try.
 PATIENCE = 10.0
-#: They pass: a chosen port was taken between choosing and binding; a killed PostgreSQL's children still end.
-PASSING_TROUBLES = ("Address already in use", "pre-existing shared memory block")
+#: They pass: a chosen port was taken between choosing and binding; a killed PostgreSQL has not quite ended.
+PASSING_TROUBLES = ("Address already in use", "pre-existing shared memory", "postmaster.pid\" already exists")
 
 PR_SET_PDEATHSIG = 1
 

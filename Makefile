@@ -1,0 +1,90 @@
+# What one does with tokentrail. `make` alone lists it.
+#
+#   PYTHON=…   the Python to make .venv with (3.11 or newer), instead of the first that is found
+#   ARGS=…     more for the program that a target runs: make test ARGS="-k embedded"
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help run test check gate chaos fuzz bench lock system-packages clean
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCK := $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --no-config \
+	--no-emit-index-url --no-emit-find-links --no-header --quiet --python-version 3.11 $(ARGS)
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target what; do \
+		printf '  make %-16s %s\n' "$$target" "$$what"; done
+
+run: .venv/runtime ## the whole system with a small demo economy, until Ctrl-C; needs no other server
+	@exec $(BIN)/tokentrail up --demo $(ARGS)
+
+test: .venv/development ## every test, with servers of its own or those of DATABASE_URL and BROKER_URL
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: gate test ## what a change has to pass: formats, rules, types, imports, migrations, tests
+
+gate: .venv/development ## check without the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/alembic upgrade head --sql > .venv/migrations.sql
+	$(BIN)/squawk .venv/migrations.sql
+
+chaos: .venv/development ## the long tests in which processes are killed and servers go away
+	@$(BIN)/python -m pytest tests/chaos $(ARGS)
+
+fuzz: .venv/development ## messages that nobody would send, for as long as it takes
+	@$(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+bench: .venv/development ## measure, beside the worker that most people would write
+	@$(BIN)/python -m bench $(ARGS)
+
+lock: .venv/development ## write both lock files anew for pyproject.toml; ARGS=--upgrade for newer versions
+	@$(LOCK) --group build --output-file requirements.lock
+	@$(LOCK) --group dev --constraint requirements.lock --output-file requirements-dev.lock
+
+system-packages: ## what the tests drive besides: a browser, Debian's servers (root on Debian)
+	@.ci/system-packages
+
+clean: ## remove .venv and every cache; the data of `make run` in .tokentrail stays
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/runtime: .venv/made-in requirements.lock pyproject.toml
+	@echo "Installing what requirements.lock names"
+	@$(PIP) --require-hashes --requirement requirements.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/development: .venv/made-in requirements-dev.lock pyproject.toml
+	@echo "Installing what requirements-dev.lock names"
+	@$(PIP) --require-hashes --requirement requirements-dev.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch .venv/runtime $@
+
+# A .venv works only where it was made and as long as its Python is there; else it is made again.
+ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat .venv/made-in 2>/dev/null)" "$(CURDIR)"
+.PHONY: .venv/made-in
+endif
+.venv/made-in:
+	@if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; \
+		else set -- python3 python3.14 python3.13 python3.12 python3.11; fi; \
+	for python; do \
+		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+		found="$$python"; \
+		"$$python" -c 'import ensurepip, venv' 2>/dev/null || continue; \
+		echo "Making .venv with $$("$$python" -c 'import platform, sys; \
+			print("Python", platform.python_version(), "of", sys.executable)')"; \
+		"$$python" -m venv --clear .venv && pwd -P > $@; \
+		exit; \
+	done; \
+	if [ -n "$$found" ]; then \
+		echo "$$found comes without venv: install it (Debian: apt-get install python3-venv)," \
+			"or name another Python: make PYTHON=/path/to/python3." >&2; \
+	else \
+		echo "There is no Python 3.11 or newer as $$*: install one," \
+			"or name yours: make PYTHON=/path/to/python3." >&2; \
+	fi; \
+	exit 1
