@@ -1,0 +1,149 @@
+"""The read endpoint: an account's history over HTTP, and whether this process is alive and ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator
+from functools import partial
+from importlib.metadata import version
+from typing import Annotated, Final
+
+import structlog
+import uvicorn
+from fastapi import Depends, FastAPI, Query, Response
+from psycopg import AsyncConnection, OperationalError
+from psycopg.errors import UndefinedTable
+
+from schema.answers import Answer, Health, HistoryQuery, TransactionHistory
+from worker import db
+from worker.config import Settings
+
+from . import problems
+from .database import Database, DatabaseAway
+from .edge import Edge
+from .history import read_history
+
+log = structlog.get_logger(__name__)
+
+#: Seconds the database may take to show that it is there: probes are asked often and are impatient.
+READY_WITHIN: Final = 2.0
+
+#: Seconds that answers under way may take to finish when the process is told to stop.
+GRACE: Final = 10
+
+
+class CannotListen(Exception):
+    """The address is not to be had; the message says why and what to do."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Raises ConfigError when no database is set; a database that is away is no reason to fail."""
+    url = settings.database()
+    database = Database(url)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with database.opened():
+            yield
+
+    app = FastAPI(
+        title="tokentrail",
+        version=version("tokentrail"),
+        description="The audit trail of every token movement, newest first.",
+        lifespan=lifespan,
+        docs_url=None,  # its page would load scripts from a content network: /openapi.json is for your own viewer
+        redoc_url=None,
+        redirect_slashes=False,
+        separate_input_output_schemas=False,
+    )
+    problems.install(app)
+    app.add_middleware(Edge)
+
+    @app.get(
+        "/api/account/transaction-history",
+        response_model=TransactionHistory,
+        responses=problems.documented(422, 503),
+        dependencies=[Depends(problems.check_query_string)],
+        operation_id="transactionHistory",
+    )
+    async def transaction_history(query: Annotated[HistoryQuery, Query()]) -> Response:
+        """One page of the account's records, newest first; an unknown user has an empty history."""
+        ask = partial(read_history, user_id=query.user_id, page=query.page, limit=query.limit)
+        return _json(await database.read(ask))
+
+    @app.get("/healthz", response_model=Health, operation_id="healthz")
+    async def healthz() -> Response:
+        """This process is alive; it asks no one else."""
+        return _json(Health(status="ok"))
+
+    known = db.known_revision()
+
+    @app.get("/readyz", response_model=Health, responses=problems.documented(503), operation_id="readyz")
+    async def readyz() -> Response:
+        """The database answers, and is migrated to what this code knows."""
+        if await database.read(_revision, READY_WITHIN) != known:
+            await asyncio.to_thread(_check_schema, settings)  # raises the sentence, unless the schema is newer
+        return _json(Health(status="ready"))
+
+    return app
+
+
+def serve(settings: Settings, host: str, port: int) -> None:
+    """Answer on this address until SIGINT or SIGTERM; answers under way are finished first.
+
+    Raises CannotListen when the address is not to be had, ConfigError when no database is set.
+    """
+    app = create_app(settings)
+    # The pool speaks of every attempt to connect; we speak of every outage, once.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+    with _listen(host, port) as line:
+        shown = f"[{host}]" if ":" in host else host
+        log.info("api_listening", url=f"http://{shown}:{line.getsockname()[1]}")
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=GRACE,
+        )
+        with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn once it has shut down
+            uvicorn.Server(config).run(sockets=[line])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket of our own, because uvicorn would log and exit where it cannot have one."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CannotListen(
+            f"Cannot listen on port {port} of {host}: {reason}. Stop what listens there, or choose another port "
+            "(TOKENTRAIL_API_PORT)."
+        ) from None
+
+
+def _json(answer: Answer) -> Response:
+    return Response(answer.json_text().encode(), media_type="application/json")
+
+
+async def _revision(connection: AsyncConnection) -> str | None:
+    try:
+        row = await (await connection.execute("SELECT version_num FROM alembic_version")).fetchone()
+    except UndefinedTable:
+        return None
+    return None if row is None else str(row[0])
+
+
+def _check_schema(settings: Settings) -> None:
+    """Raise SchemaError unless this code can work with the database, DatabaseAway if it went away meanwhile."""
+    impatient = settings.model_copy(update={"statement_timeout": READY_WITHIN, "lock_timeout": READY_WITHIN})
+    try:
+        with db.connect(settings.database(), impatient, name="tokentrail api") as connection:
+            db.check_schema(connection)
+    except OperationalError as error:
+        raise DatabaseAway("The database went away while it was looked at: try again in a few seconds.") from error

@@ -1,0 +1,48 @@
+"""What every answer has in common, whatever it says: headers, HEAD, and a sentence where a traceback would be."""
+
+from __future__ import annotations
+
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .problems import problem
+
+log = structlog.get_logger(__name__)
+
+
+class Edge:
+    """The application's outermost layer: no exception passes it.
+
+    HEAD is answered like GET, and the server leaves the body out. A history is nobody's to cache: it grows.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        begun = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                headers = MutableHeaders(scope=message)
+                headers["Cache-Control"] = "no-store"
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        try:
+            await self._app(inner, receive, send_with_headers)
+        except Exception:
+            log.exception("request_failed", path=scope["path"])
+            if begun:
+                raise  # too late for a sentence: the server cuts the connection
+            failed = problem(Request(scope), 500, "Something is wrong on our side; it has been logged.")
+            await failed(scope, receive, send_with_headers)
