@@ -1,0 +1,212 @@
+"""How messages leave Redis: one script for all lists that are consumed, and a wait that changes nothing while idle.
+
+Between `transport.py`, which delivers what is fetched, and `scripts.py`. It takes the place of kombu's BRPOP, after
+which a message is nowhere but in a socket until it is noted as unacknowledged.
+"""
+# ruff: noqa: ANN401 - kombu's stubs leave out most of what a transport needs
+
+from __future__ import annotations
+
+import json
+import logging
+from itertools import count
+from queue import Empty
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
+
+from redis import exceptions
+
+from worker.queue.scripts import FETCH, ScriptedChannel
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two tries, and between two lines in the log, while Redis answers but refuses.
+REST, COMPLAIN_EVERY = 1.0, 10.0
+
+
+class Source(NamedTuple):
+    """A list that is fetched from: one priority step of one queue."""
+
+    queue: str
+    key: str  # without the global prefix
+    closing: str  # what closes a record of it, see put_back.lua; empty when nothing is recorded
+
+
+class Fetched(NamedTuple):
+    """A message as it came out of Redis."""
+
+    source: Source
+    tag: str
+    raw: bytes
+    restores: int
+
+
+class FetchingChannel(ScriptedChannel):
+    """A channel whose messages are in `unacked` from the moment they leave their list."""
+
+    #: At most so many messages, and bytes unless one message alone is larger, leave Redis at once.
+    fetch_count = 500
+    fetch_bytes = 4 << 20
+    #: Seconds after which an idle channel, which Redis wakes for its first list, looks at all the others.
+    look_interval = 0.025
+
+    from_transport_options = (
+        *ScriptedChannel.from_transport_options,
+        "fetch_count",
+        "fetch_bytes",
+        "look_interval",
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._identity = uuid4().hex
+        self._fetches = count(1)
+        self._outstanding: tuple[str, list[Source]] = ("", [])
+        self._waited = False
+        self._idle = False
+        self._intake = True
+        self._no_ack_queues: set[str] = set()
+        self._full_until = self._rest_until = self._complain_at = 0.0
+        super().__init__(*args, **kwargs)
+        #: Why Redis refuses to work for this channel, None while it does not.
+        self.refusal: str | None = None
+
+    def pause(self) -> None:
+        """Fetch nothing until `resume`; acknowledgements and signs of life go on."""
+        self._intake = False
+
+    def resume(self) -> None:
+        """Fetch again after `pause`."""
+        self._intake = True
+
+    def _brpop_start(self, timeout: float | None = None) -> None:  # noqa: ARG002
+        """Ask for messages; if few came last time, in one round trip with a wait for the first list."""
+        sources = self._sources(self._queue_cycle.consume(len(self.active_queues)), self._no_ack_queues)
+        if not sources or not self._intake or monotonic() < self._rest_until:
+            return
+        prefix, keys, arguments = self._fetch_arguments(sources, self._credit())
+        commands: list[tuple[Any, ...]] = [("EVALSHA", FETCH.sha, len(keys), *map(self._key, keys), *arguments)]
+        if self._idle:
+            commands.insert(0, self._wait(sources))
+        self._waited, self._outstanding = self._idle, (prefix, sources)
+        connection = self._in_poll = self.client.connection
+        self._brpop_sent_at = monotonic()
+        connection.send_packed_command(connection.pack_commands(commands))
+
+    def _wait(self, sources: list[Source]) -> tuple[Any, ...]:
+        """A command that returns when the first list has something, or after `brpop_timeout`, and changes nothing."""
+        if monotonic() < self._full_until:
+            # A full Redis refuses BLMOVE at once, and we would spin. Nobody writes to this key: this only waits.
+            return ("BLPOP", self._key("tokentrail.nothing"), self.brpop_timeout)
+        first = self._key(sources[0].key)
+        return ("BLMOVE", first, first, "RIGHT", "RIGHT", self.brpop_timeout)
+
+    def look(self) -> bool:
+        """Fetch from the lists that nothing wakes us for, if we wait. Returns whether there was something.
+
+        Redis cannot tell us: BLMOVE waits on one list, and its timeouts are only looked at ten times a second.
+        Raises when the connection is lost.
+        """
+        _, sources = self._outstanding
+        unwatched = sources[0 if monotonic() < self._full_until else 1 :]
+        if not (self._in_poll and self._waited and unwatched and self._intake and self.qos.can_consume()):
+            return False
+        try:
+            fetched = self._fetch_now(unwatched, self._credit())
+        except exceptions.ResponseError as error:
+            self._refused(error)
+            return False
+        self._deliver_all(fetched)
+        return bool(fetched)
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Deliver what was asked for. Raises Empty when there is nothing, and whatever the connection raises."""
+        connection = self.client.connection
+        try:
+            fetched = self._read_reply(connection, options)
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+        if not fetched:
+            raise Empty
+        self._deliver_all(fetched)
+        return True
+
+    def _read_reply(self, connection: Any, options: dict[str, Any]) -> list[Fetched]:
+        refusal: exceptions.ResponseError | None = None
+        if self._waited:
+            try:
+                self.client.parse_response(connection, "BLMOVE", **options)
+            except exceptions.OutOfMemoryError:
+                self._full_until = monotonic() + REST  # the fetch behind it is allowed even so
+            except exceptions.ResponseError as error:
+                refusal = error
+        prefix, sources = self._outstanding
+        reply: list[Any] = [0]
+        try:
+            reply = self.client.parse_response(connection, "EVALSHA", **options)
+        except exceptions.NoScriptError:
+            self._load(FETCH)
+        except exceptions.ResponseError as error:
+            refusal = error
+        if refusal:
+            self._refused(refusal)
+        else:
+            self.refusal = None
+        self._idle = not reply[0]
+        return self._fetched(reply, prefix, sources)
+
+    def _sources(self, queues: Sequence[str], unrecorded: Collection[str]) -> list[Source]:
+        return [
+            Source(
+                queue,
+                self._q_for_pri(queue, step),
+                "" if queue in unrecorded else f',"",{json.dumps(queue)}{" " * step}]',
+            )
+            for step in self.priority_steps
+            for queue in queues
+        ]
+
+    def _credit(self) -> int:
+        credit = self.qos.can_consume_max_estimate()
+        return self.fetch_count if credit is None else min(credit, self.fetch_count)
+
+    def _fetch_now(self, sources: list[Source], most: int) -> list[Fetched]:
+        prefix, keys, arguments = self._fetch_arguments(sources, most)
+        return self._fetched(self._run(FETCH, keys, arguments), prefix, sources)
+
+    def _fetch_arguments(self, sources: list[Source], most: int) -> tuple[str, list[str], list[str]]:
+        """The prefix of the tags, which no other fetch has, here or elsewhere; keys and arguments of the script."""
+        prefix = f"{self._identity}-{next(self._fetches)}-"
+        keys = [self.unacked_key, self.unacked_index_key, self.unacked_restores_key, *(s.key for s in sources)]
+        limits = [str(most), str(self.fetch_bytes), prefix]
+        return prefix, keys, [*limits, *(source.closing for source in sources)]
+
+    @staticmethod
+    def _fetched(reply: list[Any], prefix: str, sources: list[Source]) -> list[Fetched]:
+        items = zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
+        return [Fetched(sources[at], f"{prefix}{n}", raw, restores) for n, (at, raw, restores) in enumerate(items, 1)]
+
+    def _deliver_all(self, fetched: list[Fetched]) -> None:
+        """Hand messages to their consumers."""
+        raise NotImplementedError
+
+    def _refused(self, error: exceptions.ResponseError) -> None:
+        """Redis answers, but not what was asked for: full disk, too few replicas, no permission. Try again in a second.
+
+        Raises a connection error when this Redis is not, or no longer, the one to write to.
+        """
+        text = str(error)
+        if isinstance(error, exceptions.ReadOnlyError) or text.startswith("UNBLOCKED"):
+            raise exceptions.ConnectionError(f"Redis is no longer the one to write to: {text}") from error
+        self.refusal = text
+        self._rest_until = monotonic() + REST
+        if monotonic() >= self._complain_at:
+            self._complain_at = monotonic() + COMPLAIN_EVERY
+            logger.error("Redis refuses its part, the worker tries again every second: %s", text)

@@ -1,0 +1,224 @@
+"""What this process holds unacknowledged: prefetch, acknowledgements, signs of life, and giving messages back.
+
+Between `transport.py`, which hands messages over, and `batching.py`, which says what became of them. In Redis each held
+message is a record in the hash `unacked` and a time in the sorted set `unacked_index`, as with kombu's own transport.
+"""
+
+# mypy: disallow-subclassing-any=False
+# ruff: noqa: ANN401 - kombu's stubs leave out most of what a transport needs
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from importlib import import_module
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Iterator
+
+stock: Any = import_module("kombu.transport.redis")
+
+logger = logging.getLogger(__name__)
+
+#: Tags per call of a script: Lua's `unpack` ends at about 8,000, and one call should not block Redis for long.
+TAGS_PER_CALL = 1000
+
+#: Messages per call that puts messages back; the caller calls again until all is done.
+RESTORES_PER_CALL = 500
+
+#: So many calls of the restore script at most in one sweep: the loop has other things to do.
+RESTORE_CALLS_PER_SWEEP = 20
+
+
+class Acknowledgements:
+    """Tags of finished messages that Redis has not yet confirmed to have forgotten.
+
+    Outlives channels and connections, so that an acknowledgement after a commit survives a lost connection. However
+    late it comes, it is safe: a tag is given to one delivery only, so that when the message was restored meanwhile,
+    and is in another worker's hands, the record of that delivery is not touched. Any thread may add.
+    """
+
+    _of_brokers: dict[Hashable, Acknowledgements] = {}  # noqa: RUF012 - one per broker and process
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[str, str | None]] = deque()
+
+    @classmethod
+    def of(cls, broker: Hashable) -> Acknowledgements:
+        """The one collection of this process for `broker`."""
+        return cls._of_brokers.setdefault(broker, cls())
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, tag: str, fingerprint: str | None) -> None:
+        """Remember a tag, and the sha1 of its message if that had been restored before."""
+        self._waiting.append((tag, fingerprint))
+
+    def flush(self, acknowledge: Callable[[list[str]], Any]) -> None:
+        """Hand all that waits to `acknowledge`, as arguments of the script; what it raises for is kept, and raised."""
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), TAGS_PER_CALL))]
+            tags = [tag for tag, _ in batch]
+            fingerprints = [fingerprint for _, fingerprint in batch if fingerprint]
+            try:
+                acknowledge([str(len(tags)), *tags, *fingerprints])
+            except BaseException:
+                self._waiting.extendleft(reversed(batch))
+                raise
+
+
+class QoS(stock.QoS):
+    """The messages one channel holds. Only the consuming thread may call it, but any may acknowledge."""
+
+    def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
+        self._aside: set[str] = set()
+        self._fingerprints: dict[str, str] = {}
+        self._touch_due = 0.0
+        self._restore_due = 0.0
+        super().__init__(channel, prefetch_count)
+
+    # Prefetch
+
+    def set_aside(self, tag: str) -> None:
+        """Let a held message wait without counting it against prefetch; it stays unacknowledged and kept alive."""
+        if tag in self._delivered and tag not in self._dirty:
+            self._aside.add(tag)
+
+    def take_back(self, tag: str) -> None:
+        """Count a message that was set aside against prefetch again."""
+        self._aside.discard(tag)
+
+    def held(self) -> list[str]:
+        """The tags of all messages that are neither acknowledged nor given back, oldest first."""
+        return [tag for tag in list(self._delivered) if tag not in self._dirty]
+
+    def can_consume(self) -> bool:
+        """Whether prefetch allows for another message."""
+        return not self.prefetch_count or self._counted() < self.prefetch_count
+
+    def can_consume_max_estimate(self) -> int | None:
+        """How many more messages prefetch allows for; None: as many as there are."""
+        return max(self.prefetch_count - self._counted(), 0) if self.prefetch_count else None
+
+    def _counted(self) -> int:
+        return len(self._delivered) - len(self._dirty) - len(self._aside)
+
+    # What becomes of a message
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Hold a message; Redis has its record since it was fetched."""
+        stock.virtual.QoS.append(self, message, delivery_tag)
+
+    def remember_restored(self, tag: str, fingerprint: str) -> None:
+        """Note the sha1 under which this message's restores are counted, so that its acknowledgement ends the count."""
+        self._fingerprints[tag] = fingerprint
+
+    def ack(self, delivery_tag: str) -> None:
+        """Forget a message for good: at the next tick of the loop in Redis, at once for prefetch."""
+        self.channel.acknowledgements.add(delivery_tag, self._fingerprints.pop(delivery_tag, None))
+        self._let_go(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Forget a message for good, or put it where it is served last."""
+        if not requeue:
+            self.ack(delivery_tag)
+        else:
+            self.restore_by_tag(delivery_tag, leftmost=True)
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:  # noqa: ARG002
+        """Put a message back, uncounted: where it is served next, or (leftmost) last. Raises when Redis does."""
+        for done in self.put_back([tag], "LPUSH" if leftmost else "RPUSH"):
+            self._let_go(done)
+
+    def hand_back(self, tags: Iterable[str]) -> int:
+        """Put messages back where they are served next, in the order they came in, without counting it against them.
+
+        Returns how many. Raises when Redis does: what was not put back by then is still held.
+        """
+        wanted = set(tags) - self._dirty
+        ordered = [tag for tag in self._delivered if tag in wanted]
+        for tag in self.put_back(ordered, "RPUSH"):
+            self._let_go(tag)
+        return len(ordered)
+
+    def put_back(self, tags: list[str], push: str) -> Iterator[str]:
+        """Yield each tag once it is back; newest first, as each ends up in front of those before it."""
+        while tags:
+            chunk = tags[-RESTORES_PER_CALL:]
+            left = int(self.channel.hand_back([push, *chunk]))
+            yield from chunk[left:]
+            tags = tags[: len(tags) - len(chunk) + left]
+
+    def _let_go(self, tag: str) -> None:
+        self._aside.discard(tag)
+        self._fingerprints.pop(tag, None)
+        self._quick_ack(tag)
+
+    # Signs of life
+
+    def touch(self) -> None:
+        """Tell Redis that all held messages are in good hands, if a third of the visibility timeout has passed."""
+        if monotonic() >= self._touch_due:
+            held = self.held()
+            for start in range(0, len(held), TAGS_PER_CALL):
+                self.channel.touch([str(start), *held[start : start + TAGS_PER_CALL]])
+            self._touch_due = monotonic() + 0.3 * self.visibility_timeout
+
+    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:  # noqa: ARG002
+        """Put back what no worker gave a sign of life for, oldest first, and count it against each message.
+
+        Does so every `unacked_restore_interval` * `interval` seconds however often it is called.
+        """
+        if monotonic() < self._restore_due:
+            return
+        # 0.9: a timer that is a moment early must not have to come twice.
+        self._restore_due = monotonic() + 0.9 * self.channel.unacked_restore_interval * (interval or 1)
+        most = RESTORES_PER_CALL
+        for _ in range(RESTORE_CALLS_PER_SWEEP):
+            restored, stuck, more = self.channel.restore([str(self.visibility_timeout), str(most)])
+            if restored:
+                logger.warning("Put %d messages back: their worker gave no sign of life.", restored)
+            if stuck:
+                logger.error(
+                    "%d messages in %s fit no queue and stay there: look at them, and at their exchange's bindings.",
+                    stuck,
+                    self.unacked_key,
+                )
+            if not more:
+                break
+
+    # The end
+
+    def restore_unacked(self, client: Any = None) -> None:  # noqa: ARG002
+        """Put all held messages back, as `hand_back` does."""
+        self.hand_back(self.held())
+        self._flush()
+
+    def restore_unacked_once(self, stderr: Any = None) -> None:  # noqa: ARG002
+        """Put all held messages back when the channel closes, however the broker fares: never raises.
+
+        What cannot be put back now is put back by some worker after the visibility timeout.
+        """
+        self._on_collect.cancel()
+        if self._delivered.restored:
+            return
+        self._delivered.restored = True
+        held = self.held()
+        try:
+            if held and self.restore_at_shutdown and self.channel.do_restore:
+                self.channel.flush_acknowledgements()
+                self.restore_unacked()
+                logger.info("Put %d unacknowledged messages back.", len(held))
+        except Exception as error:  # noqa: BLE001 - a worker must not die of a broker that is away
+            logger.warning(
+                "Could not put %d unacknowledged messages back (%r); the visibility timeout does, in %s s.",
+                len(held),
+                error,
+                self.visibility_timeout,
+            )
+        self._delivered.clear()
+        self._dirty.clear()
+        self._aside.clear()
