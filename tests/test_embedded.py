@@ -193,6 +193,7 @@ def test_a_folder_in_use_is_refused_in_a_sentence_that_names_its_user(server_fol
 def test_a_folder_whose_user_was_killed_a_moment_ago_is_not_refused(server_folder, start_program):
     program, *_ = start_program(str(server_folder))
     program.kill()
+    program.wait()
     with embedded.servers(server_folder) as pair:
         write(pair)
 

@@ -120,9 +120,7 @@ class PostgresServer(ServerProcess):
         if not self.running:
             return []
         try:
-            return [
-                int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-            ]
+            return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
         except FileNotFoundError:
             return []
 

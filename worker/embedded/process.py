@@ -30,7 +30,7 @@ START_SECONDS = 60.0
 #: Seconds in which troubles of a start that pass by themselves are met with another try.
 PATIENCE = 10.0
 #: They pass: a chosen port was taken between choosing and binding; a killed PostgreSQL has not quite ended.
-PASSING_TROUBLES = ("Address already in use", "pre-existing shared memory", "postmaster.pid\" already exists")
+PASSING_TROUBLES = ("Address already in use", "pre-existing shared memory", 'postmaster.pid" already exists')
 
 PR_SET_PDEATHSIG = 1
 
@@ -202,7 +202,7 @@ class ServerProcess(ABC):
                 lock.seek(0)
                 owner, starter = (int(pid) for pid in (lock.read().split() or ("0", "0")))
                 # Whoever was killed a moment ago leaves a server that is about to end.
-                ending = starter == os.getpid() or not _is_alive(starter)
+                ending = starter == os.getpid() or not (_is_alive(starter) and _is_alive(owner))
                 if not ending or time.monotonic() > deadline:
                     lock.close()
                     raise EmbeddedError(

@@ -64,9 +64,7 @@ def programs(folder: Path) -> Path:
         return folder
     installation = folder.parent
     if not (installation / "share").is_dir() or not (installation.parent / "__init__.py").is_file():
-        raise EmbeddedError(
-            f"The account nobody cannot run {folder / 'postgres'}: open up its folders to it."
-        )
+        raise EmbeddedError(f"The account nobody cannot run {folder / 'postgres'}: open up its folders to it.")
     return _copy_of_package(installation.parent) / installation.name / folder.name
 
 
@@ -100,9 +98,7 @@ def home(folder: Path) -> Path:
         link.symlink_to(place)
     place = link.resolve()
     if not place.is_dir():
-        raise EmbeddedError(
-            f"The data of {folder} was in {place}, which is gone: bring it back, or remove {link}."
-        )
+        raise EmbeddedError(f"The data of {folder} was in {place}, which is gone: bring it back, or remove {link}.")
     return place
 
 
