@@ -41,7 +41,7 @@ class DuplicateKeys(dict[str, Any]):
     name: str
 
 
-def read_json(text: str | bytes) -> Any:  # noqa: ANN401 - JSON is any value
+def read_json(text: str | bytes) -> Any:
     """The value of a JSON text, numbers exact.
 
     Raises ValueError (or RecursionError) where the text is no JSON. What is JSON but not allowed (NaN,
@@ -90,7 +90,7 @@ def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return marked
 
 
-def _write(value: object, emit: Any, order: Any, depth: int, at: str) -> None:  # noqa: ANN401, C901, PLR0912 - one straight list of kinds
+def _write(value: object, emit: Any, order: Any, depth: int, at: str) -> None:  # noqa: C901, PLR0912 - one straight list of kinds
     if isinstance(value, str):
         emit(value if isinstance(value, JsonText) else _string(value, at))
     elif value is None:

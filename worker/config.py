@@ -6,7 +6,7 @@ import json
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -35,6 +35,10 @@ class Settings(BaseSettings):
         description="Redis or Valkey, as redis://, rediss:// or sentinel://. Not set: an embedded server.",
     )
     queue: str = Field("tokens", description="The queue's name; lanes are <queue>.0, <queue>.1, …")
+    transport: Literal["atomic", "stock"] = Field(
+        "atomic",
+        description="How workers take messages from Redis: atomic loses none; stock is kombu's own, to fall back on.",
+    )
     max_amount: Annotated[int, Field(ge=1, le=10**20 - 1)] = Field(
         10**12, description="The largest amount one event may carry, in tokens."
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from psycopg import Cursor
@@ -35,13 +37,17 @@ class Letter:
     def fingerprint(self) -> bytes:
         """The same for every delivery of the same message: sha256 of task, id, body and the event's place."""
         origin = self.origin
-        digest = hashlib.sha256()
-        for part in (origin.task, origin.message_id, origin.body, origin.event_index):
-            text = (
-                part if isinstance(part, bytes) else b"" if part is None else str(part).encode(errors="surrogatepass")
-            )
-            digest.update(b"%d:%b" % (len(text), text) if part is not None else b"~")
+        digest = hashlib.sha256(_digest(origin.body))
+        for part in (origin.task, origin.message_id, origin.event_index):
+            text = b"" if part is None else str(part).encode(errors="surrogatepass")
+            digest.update(b"~" if part is None else b"%d:%b" % (len(text), text))
         return digest.digest()
+
+
+@lru_cache(maxsize=2)
+def _digest(body: bytes) -> bytes:
+    # A bulk message of 16 MiB may have a thousand letters: hash it once.
+    return hashlib.sha256(body).digest()
 
 
 def keep(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None = None) -> None:
@@ -81,11 +87,28 @@ def keep(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None = 
             "user_id": [letter.user_id for _, letter in rows],
             "key": [letter.idempotency_key for _, letter in rows],
             "event": [letter.event for _, letter in rows],
-            "headers": [letter.origin.headers for _, letter in rows],
-            "body": [letter.origin.body for _, letter in rows],
+            "headers": [_json(letter.origin.headers) for _, letter in rows],
+            "body": _bodies([letter for _, letter in rows]),
             "deliveries": [count[fingerprint] for fingerprint, _ in rows],
         },
     )
+
+
+def _bodies(letters: Sequence[Letter]) -> list[bytes | None]:
+    """The original bytes of each letter's message.
+
+    Events of a bulk message keep their own JSON instead, and where they have none, the first keeps the message: a
+    message of 16 MiB and a thousand bad events must not become 16 GiB.
+    """
+    bodies: list[bytes | None] = []
+    kept: set[bytes] = set()
+    for letter in letters:
+        origin = letter.origin
+        whole = origin.event_index is None or (letter.event is None and _digest(origin.body) not in kept)
+        bodies.append(origin.body if whole else None)
+        if origin.event_index is not None and whole:
+            kept.add(_digest(origin.body))
+    return bodies
 
 
 def _storable(text: str | None) -> str | None:
@@ -93,3 +116,13 @@ def _storable(text: str | None) -> str | None:
     if text is None:
         return None
     return text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+
+
+def _json(headers: Mapping[str, Any] | None) -> str | None:
+    """Headers may hold anything that JSON, or kombu's reading of it, can; ASCII escapes make all of it storable."""
+    if headers is None:
+        return None
+    try:
+        return json.dumps(headers, default=str, allow_nan=False)
+    except (ValueError, RecursionError):
+        return json.dumps({"unreadable": ascii(headers)[:1000]})

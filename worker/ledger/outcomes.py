@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from decimal import Decimal
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from schema.canonical import plain_number
 from schema.events import Event
@@ -13,15 +13,18 @@ from .chain import payload_hash
 from .rules import Reason
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """The message a delivery came in: what a dead letter keeps of it."""
 
     task: str | None = None
     message_id: str | None = None
     body: bytes = b""
-    headers: str | None = None  # JSON text
+    headers: Mapping[str, Any] | None = None
     event_index: int | None = None  # place in a bulk message
+
+    def at(self, index: int) -> Origin:
+        """The same message, at its event `index`."""
+        return self._replace(event_index=index)
 
 
 class Delivery(NamedTuple):

@@ -6,6 +6,7 @@ not, however long it lasts. So an answer is always about the event, and never ab
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -17,11 +18,11 @@ import structlog
 from worker.config import Settings
 from worker.db import connect
 
+from . import store
 from .apply import apply_batch
 from .dead_letters import Letter
 from .errors import LOCK_NOT_AVAILABLE, MAX_CULPRITS, Interrupted, SuspiciousBatch, caused_by_event
 from .outcomes import DeadLettered, Delivery, Outcome
-from .store import unlocked
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +31,11 @@ LONGEST_PAUSE: Final = 5.0  # seconds
 
 #: After so many lock timeouts in a row the free accounts go first, so that only those that are really locked wait.
 LOCK_TRIES: Final = 3
+
+#: Troubles between transactions, after which the same session is as good as before: class 40 and a lock timeout.
+#: After any other a new one is made, for the old one may be the trouble: a primary that has become a read-only
+#: standby keeps its sessions.
+_OF_THE_MOMENT: Final = ("40", LOCK_NOT_AVAILABLE)
 
 #: Bugs that one event's content can trigger. Anything else in Python (memory, files) says nothing about the event.
 _OUR_BUGS: Final = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
@@ -59,10 +65,13 @@ class Ledger:
     def settle(self, deliveries: Sequence[Delivery], letters: Sequence[Letter] = ()) -> list[Outcome]:
         """The outcome of each delivery, durable; the letters are kept.
 
-        Raises Interrupted when stopped while waiting (undecided deliveries must then be delivered again), and
-        SuspiciousBatch when the database refuses more than MAX_CULPRITS of the events.
+        Raises Interrupted when stopped while waiting, and SuspiciousBatch when the database refuses more than
+        MAX_CULPRITS of the events. All deliveries must then be delivered again: what was decided stays decided,
+        and no event has become a dead letter for the database's refusal.
         """
-        return _Settlement(self).settle(list(deliveries), list(letters))
+        outcomes = _Settlement(self).run(list(deliveries), list(letters))
+        self._recovered()
+        return outcomes
 
     def close(self) -> None:
         """Close the connection; the ledger opens another when it is used again."""
@@ -70,27 +79,38 @@ class Ledger:
             self._connection.close()
             self._connection = None
 
-    def attempt(self, deliveries: Sequence[Delivery], letters: Sequence[Letter]) -> list[Outcome]:
-        """One transaction, once. Raises whatever goes wrong."""
+    def connection(self) -> psycopg.Connection[Any]:
+        """The open connection, or a new one. What goes wrong here says nothing about any event."""
         if self._connection is None or self._connection.closed:
             self._connection = connect(self._settings.database(), self._settings)
-        outcomes = apply_batch(self._connection, deliveries, stripe=self._stripe, letters=letters)
-        self._recovered()
-        return outcomes
+        return self._connection
+
+    def attempt(self, deliveries: Sequence[Delivery], letters: Sequence[Letter]) -> list[Outcome]:
+        """One transaction, once. Raises whatever goes wrong."""
+        return apply_batch(self.connection(), deliveries, stripe=self._stripe, letters=letters)
+
+    def covered(self, burns: Sequence[Delivery]) -> list[bool]:
+        """Whether each burn's account holds enough right now. No locks, no promise; all False while nobody can know."""
+        try:
+            return store.covered(self.connection(), burns)
+        except psycopg.Error:
+            return [False] * len(burns)
 
     def free_accounts(self, deliveries: Sequence[Delivery]) -> set[str]:
-        """Those of the deliveries' accounts that nobody holds locked; empty when that is all, none, or not to be known."""
+        """Those of the deliveries' accounts that nobody holds; empty when that is all, none, or not to be known."""
         users = sorted({delivery.event.user_id for delivery in deliveries})
         try:
-            assert self._connection is not None
-            free = unlocked(self._connection, users)
-        except (psycopg.Error, AssertionError):
+            # An account that is yet to be opened is free too, unless whoever is opening it is the one who is stuck.
+            with contextlib.suppress(psycopg.errors.LockNotAvailable), self.connection().cursor() as cursor:
+                store.open_accounts(cursor, users)
+            free = store.unlocked(self.connection(), users)
+        except psycopg.Error:
             return set()  # the next try meets the same trouble and names it
         return free if len(free) < len(users) else set()
 
     def not_now(self, error: psycopg.Error, pause: float) -> None:
         """Wait before the next try. Says so once, however many tries it takes."""
-        if self._connection is not None and self._connection.broken:
+        if error.sqlstate is None or not error.sqlstate.startswith(_OF_THE_MOMENT):
             self.close()
         trouble = _sentence(error)
         if self._trouble is None:
@@ -113,12 +133,25 @@ class _Settlement:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._culprits = 0
+        self._culprits: list[Letter] = []
+
+    def run(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
+        """Settle all, then keep the culprits: not before it is known that they are few enough to be just that."""
+        outcomes = self.settle(deliveries, letters)
+        if self._culprits:
+            self.settle([], self._culprits)
+        return outcomes
 
     def settle(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
         """Decide the deliveries in their order, cutting the batch in halves until each part goes through."""
         pause, lock_timeouts = FIRST_PAUSE, 0
         while True:
+            try:
+                self._ledger.connection()
+            except psycopg.Error as error:
+                self._ledger.not_now(error, pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+                continue
             try:
                 return self._ledger.attempt(deliveries, letters)
             except psycopg.Error as error:
@@ -150,20 +183,19 @@ class _Settlement:
         if not deliveries:
             # The letter itself cannot be written: a bug of ours, and the message must not be lost over it.
             raise SuspiciousBatch(1, f"a dead letter ({letters[0].reason if letters else 'none'}): {_sentence(error)}")
-        self._culprits += 1
-        if self._culprits > MAX_CULPRITS:
-            raise SuspiciousBatch(self._culprits, _sentence(error))
         delivery = deliveries[0]
         reason = "refused_by_database" if isinstance(error, psycopg.Error) else "internal_error"
         detail = _sentence(error)
+        self._culprits.append(Letter.of_event(reason, detail, delivery.event, delivery.origin))
+        if len(self._culprits) > MAX_CULPRITS:
+            raise SuspiciousBatch(len(self._culprits), self._culprits[0].detail)
         log.warning(
-            "event kept as a dead letter",
+            "event refused, to be kept as a dead letter",
             reason=reason,
             detail=detail,
             user_id=delivery.event.user_id,
             idempotency_key=delivery.event.idempotency_key,
         )
-        self.settle([], [Letter.of_event(reason, detail, delivery.event, delivery.origin)])
         return [DeadLettered(reason, detail)]
 
     def _free_first(self, deliveries: list[Delivery], letters: list[Letter], free: set[str]) -> list[Outcome]:

@@ -68,6 +68,19 @@ def unlocked(connection: Connection[Any], users: Sequence[str]) -> set[str]:
     return {row[0] for row in rows}
 
 
+def covered(connection: Connection[Any], burns: Sequence[Delivery]) -> list[bool]:
+    """Whether each burn's account holds its amount; read without locks."""
+    rows = connection.execute(
+        """
+        SELECT x.place FROM unnest(%s::text[], %s::numeric[]) WITH ORDINALITY AS x (user_id, amount, place)
+        JOIN account ON account.user_id = x.user_id AND account.balance >= x.amount
+        """,
+        ([burn.event.user_id for burn in burns], [burn.event.amount for burn in burns]),
+    )
+    places = {row[0] for row in rows}
+    return [place in places for place in range(1, len(burns) + 1)]
+
+
 def read_accounts(cursor: Cursor[Any], users: Sequence[str]) -> tuple[dict[str, Account], datetime]:
     """The locked accounts, and the clock.
 

@@ -1,0 +1,74 @@
+"""The Celery application: `celery -A worker.app worker`, and what Flower and `celery inspect` load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from celery.signals import celeryd_init
+
+from worker.config import settings
+from worker.ledger.outcomes import Origin
+from worker.ledger.settle import Ledger
+from worker.queue import transport
+from worker.queue.batching import Batching
+from worker.queue.tasks import ACCRUE, APPLY_MANY, BURN, read_work
+
+app = Celery("tokentrail")
+app.config_from_object("celeryconfig")
+app.conf.update(
+    broker_url=settings().broker(),
+    task_default_queue=settings().queue,
+    broker_transport_options={
+        # Redelivery after a worker's death; the living refresh their claim three times as often.
+        "visibility_timeout": settings().visibility_timeout,
+        # Look for the dead every 5 s; stock looks every 100 s.
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        # Notice a connection that has gone silent.
+        "health_check_interval": 10,
+        "socket_timeout": 15,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "retry_on_timeout": False,
+    },
+)
+app.steps["consumer"].add(Batching)
+
+
+@celeryd_init.connect
+def _use_our_transport(**_: Any) -> None:
+    """In workers only: Flower reads queue lengths through the stock transport, on the same keys."""
+    if settings().transport == "atomic":
+        transport.register()
+
+
+def _apply(task: str, kwargs: dict[str, Any]) -> str:
+    """One call, decided at once and on its own. Workers do not come here: their Batcher decides many in one go."""
+    work = read_work(task, (), kwargs, Origin(task=task), max_amount=settings().max_amount)
+    ledger = Ledger(settings(), stripe=1)
+    try:
+        outcomes = ledger.settle(work.deliveries, work.letters)
+    finally:
+        ledger.close()
+    for place, outcome in zip(work.places, outcomes, strict=True):
+        work.outcomes[place] = outcome
+    return work.summary()[1]
+
+
+@app.task(name=ACCRUE)
+def accrue(**event: Any) -> str:
+    """Fund the account of `user_id` with `amount` tokens."""
+    return _apply(ACCRUE, event)
+
+
+@app.task(name=BURN)
+def burn(**event: Any) -> str:
+    """Spend `amount` tokens of `user_id`, if the account holds them."""
+    return _apply(BURN, event)
+
+
+@app.task(name=APPLY_MANY)
+def apply_many(events: list[dict[str, Any]]) -> str:
+    """Apply 1 to 1,000 events in their order, in one transaction; each has its own outcome."""
+    return _apply(APPLY_MANY, {"events": events})

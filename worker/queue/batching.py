@@ -1,0 +1,282 @@
+"""Deliveries into batches, outcomes into acknowledgements and events.
+
+Every message becomes a real Celery request, so that Flower and `celery inspect` see each event; what runs is not one
+task a time but one database transaction a batch. A batch is what arrived while the last one committed: one event when
+idle, `batch_size` under load, and no timer in between. Messages are read in the event loop while the ledger's thread
+commits; a message is acknowledged when its outcome is durable, and not before.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from time import monotonic
+from typing import Any, Final
+
+import structlog
+from celery import bootsteps
+from celery.worker import state
+
+from worker.config import Settings, settings
+from worker.ledger.errors import Interrupted, SuspiciousBatch
+from worker.ledger.outcomes import Applied, Delivery, Outcome, Undecided
+from worker.ledger.settle import Ledger
+
+from .intake import Intake, Item
+from .patience import LOOK_EVERY, Patience
+
+log = structlog.get_logger(__name__)
+
+#: Bytes of message bodies in hand, beyond which no more are fetched.
+MOST_BYTES: Final = 64 * 1024 * 1024
+
+#: Bytes of message bodies in one batch; a larger message is a batch of its own.
+BATCH_BYTES: Final = 16 * 1024 * 1024
+
+#: How often a message was given back by dead workers before it is applied alone.
+SUSPECT: Final = 2
+
+
+class Part:
+    """What of one message goes into one batch: all of it, or one burn that waited."""
+
+    __slots__ = ("deadline", "deliveries", "item", "places")
+
+    def __init__(self, item: Item, deliveries: list[Delivery], places: list[int]) -> None:
+        self.item = item
+        self.deliveries = deliveries
+        self.places = places
+        self.deadline: float | None = None
+
+    @property
+    def user_id(self) -> str:
+        """Whose balance the one burn needs."""
+        return self.deliveries[0].event.user_id
+
+    def finally_(self) -> None:
+        """No more patience: too small a balance is the answer now."""
+        self.deliveries = [delivery._replace(final=True) for delivery in self.deliveries]
+
+
+class Batcher:
+    """What one worker process has in hand. Methods run in the event loop's thread unless they say otherwise."""
+
+    def __init__(self, settings: Settings, hostname: str) -> None:
+        self._settings = settings
+        self._stop = threading.Event()
+        self._ledger = Ledger(
+            settings, stripe=1 + os.getpid() % settings.stripes, stop=self._stop, degraded=self._on_degraded
+        )
+        self._thread = ThreadPoolExecutor(1, "ledger")
+        self._running: Future[list[Outcome | None]] | None = None
+        self._batch: list[Part] = []
+        self._began = 0.0
+        self._queue: deque[Part] = deque()
+        self._patience: Patience[Part] = Patience(settings.burn_patience)
+        self._bytes = 0
+        self._degraded: str | None = None
+        self._suspended = False
+        self._paused = False
+        self._channel: Any = None
+        self._ticks: Any = None
+        self._intake = Intake(settings, hostname)
+        self._bell, self._ears = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ears.setblocking(False)
+
+    # In the event loop
+
+    def attach(self, consumer: Any) -> None:
+        """Work for a consumer's new connection. What an old one brought is decided and acknowledged all the same."""
+        self._channel = consumer.task_consumer.channel
+        self._intake.attach(consumer)
+        self._paused = False
+        consumer.hub.add_reader(self._ears, self._on_bell)
+        if self._ticks is not None:
+            self._ticks.cancel()
+        self._ticks = consumer.hub.call_repeatedly(LOOK_EVERY, self._tick)
+        # Two batches: one in the ledger's hands, one that fills up meanwhile.
+        consumer.qos.set(max(2 * self._settings.batch_size, 2))
+        self._mind_intake()
+
+    def receive(self, message: Any) -> None:
+        """Take a message in; it is decided as soon as the ledger is free."""
+        item = self._intake.read(message)
+        self._bytes += item.size
+        self._queue.append(Part(item, item.work.deliveries, item.work.places))
+        if self._running is None:
+            self._ring()  # not at once: what else this turn of the loop brings belongs into the same batch
+        if self._bytes > MOST_BYTES:
+            self._mind_intake()
+
+    def _on_bell(self) -> None:
+        try:
+            self._ears.recv(4096)
+        except BlockingIOError:
+            return
+        if self._running is not None and self._running.done():
+            self._finish_batch()
+        self._mind_intake()
+        self._begin_batch()
+
+    def _tick(self) -> None:
+        for part in self._patience.take_overdue():
+            part.finally_()
+            self._queue.append(part)  # behind all that was fetched by now
+        if self._running is None:
+            self._begin_batch(look=True)
+
+    def _begin_batch(self, *, look: bool = False) -> None:
+        if self._running is not None or self._suspended or self._stop.is_set():
+            return
+        waiting = self._patience.take_all() if look else []
+        self._batch = self._next_parts()
+        if not self._batch and not waiting:
+            return
+        self._began = monotonic()
+        batch = self._batch
+        self._batch = batch + waiting
+        self._running = self._thread.submit(self._settle, batch, waiting)
+        self._running.add_done_callback(lambda _: self._ring())
+
+    def _next_parts(self) -> list[Part]:
+        """From the front of the queue, as much as a batch holds. A bulk message is never cut, a suspect goes alone."""
+        parts: list[Part] = []
+        events = size = 0
+        while self._queue:
+            part = self._queue[0]
+            suspect = part.item.restores >= SUSPECT
+            events += len(part.deliveries)
+            size += part.item.size
+            if parts and (suspect or events > self._settings.batch_size or size > BATCH_BYTES):
+                break
+            parts.append(self._queue.popleft())
+            if suspect:
+                break
+        return parts
+
+    def _finish_batch(self) -> None:
+        assert self._running is not None
+        future, batch = self._running, self._batch
+        self._running, self._batch = None, []
+        try:
+            outcomes = iter(future.result())
+        except Interrupted:
+            self._queue.extendleft(reversed(batch))
+            return
+        except SuspiciousBatch as suspicion:
+            self._suspend(batch, suspicion)
+            return
+        accrued: list[str] = []
+        for part in batch:
+            self._settled(part, outcomes, accrued)
+        for user_id in accrued:
+            self._queue.extendleft(reversed(self._patience.take(user_id)))
+
+    def _settled(self, part: Part, outcomes: Any, accrued: list[str]) -> None:
+        item = part.item
+        for delivery, place in zip(part.deliveries, part.places, strict=True):
+            outcome = next(outcomes)
+            if outcome is None or isinstance(outcome, Undecided):
+                burn = Part(item, [delivery], [place])
+                burn.deadline = part.deadline
+                self._patience.add(burn)
+                self._set_aside(item)
+                continue
+            item.work.outcomes[place] = outcome
+            if isinstance(outcome, Applied) and not outcome.repeated and delivery.event.type == "accrual":
+                accrued.append(delivery.event.user_id)
+        item.work.letters.clear()
+        if item.finished:
+            self._bytes -= item.size
+            self._intake.finish(item, self._began, monotonic() - self._began)
+
+    def _set_aside(self, item: Item) -> None:
+        """A waiting burn does not count against prefetch: a thousand of them must not keep their accruals out."""
+        if set_aside := getattr(item.message.channel.qos, "set_aside", None):
+            set_aside(item.message.delivery_tag)
+
+    def _suspend(self, batch: list[Part], suspicion: SuspiciousBatch) -> None:
+        self._suspended = True
+        self._queue.extendleft(reversed(batch))
+        log.critical("this worker takes no more work", reason=str(suspicion))
+        self._mind_intake()
+        self._give_back()
+
+    def _mind_intake(self) -> None:
+        """Fetch no more than can be decided: nothing while the database is away, or while too much is in hand."""
+        pause = bool(self._degraded) or self._suspended or self._patience.full or self._bytes > MOST_BYTES
+        if pause != self._paused and hasattr(self._channel, "pause"):
+            self._paused = pause
+            (self._channel.pause if pause else self._channel.resume)()
+
+    # The end
+
+    def drain(self) -> None:
+        """Finish the batch in hand, acknowledge it, and put everything else back. The event loop no longer runs."""
+        self._stop.set()  # also out of waiting for a database that is away
+        if hasattr(self._channel, "pause"):
+            self._channel.pause()
+        if self._running is not None:
+            self._running.exception()  # waits
+            self._finish_batch()
+        self._give_back()
+        self._thread.shutdown()
+        self._ledger.close()
+
+    def _give_back(self) -> None:
+        """Put all that is undecided back where it came from, in its old order; it does not count as a death."""
+        items = {id(part.item): part.item for part in [*self._queue, *self._patience.take_all()]}
+        self._queue.clear()
+        self._bytes = 0
+        if not items:
+            return
+        ordered = sorted(items.values(), key=lambda item: item.number)
+        log.info("putting undecided messages back", messages=len(ordered))
+        self._intake.give_back(ordered)
+
+    # In the ledger's thread
+
+    def _settle(self, batch: list[Part], waiting: list[Part]) -> list[Outcome | None]:
+        """The outcomes of all deliveries of `batch`, then of those that waited; None for what must wait on."""
+        deliveries = [delivery for part in batch for delivery in part.deliveries]
+        letters = [letter for part in batch for letter in part.item.work.letters]
+        burns = [part.deliveries[0] for part in waiting]
+        covered = self._ledger.covered(burns) if burns else []
+        ripe = [burn for burn, is_covered in zip(burns, covered, strict=True) if is_covered]
+        outcomes = self._ledger.settle([*deliveries, *ripe], letters) if deliveries or letters or ripe else []
+        late = iter(outcomes[len(deliveries) :])
+        return [*outcomes[: len(deliveries)], *(next(late) if is_covered else None for is_covered in covered)]
+
+    def _on_degraded(self, trouble: str | None) -> None:
+        self._degraded = trouble
+        self._ring()
+
+    def _ring(self) -> None:
+        """Wake the event loop, from any thread. A full pipe has woken it already."""
+        with suppress(BlockingIOError):
+            self._bell.send(b"!")
+
+
+class Batching(bootsteps.StartStopStep):
+    """The part of Celery's consumer that batches: started with each connection, drained when the worker stops."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        consumer.batcher = Batcher(settings(), consumer.hostname)
+
+    def start(self, consumer: Any) -> None:
+        consumer.batcher.attach(consumer)
+
+    def stop(self, consumer: Any) -> None:
+        if state.should_stop is not None or state.should_terminate is not None:
+            consumer.batcher.drain()
+
+    def terminate(self, consumer: Any) -> None:
+        self.stop(consumer)

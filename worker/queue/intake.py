@@ -1,0 +1,227 @@
+"""One message in, one item in hand; one item decided, one acknowledgement and its events out.
+
+Between Celery and `batching.py`: what Flower and `celery inspect` see of a message is said here.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from typing import Any
+
+import structlog
+from celery.worker import state
+from celery.worker.request import Request
+
+from worker.config import Settings
+from worker.ledger.outcomes import Origin
+from worker.queue.envelope import RESTORES_HEADER
+
+from . import undeliverable
+from .tasks import ACCRUE, APPLY_MANY, BURN, MAX_BODY, Unreadable, Work, letter_of, read_call, read_work
+
+log = structlog.get_logger(__name__)
+
+TASKS = frozenset({ACCRUE, BURN, APPLY_MANY})
+
+#: Characters of arguments that events carry.
+_LONGEST_REPR = 500
+
+
+class Item:
+    """One message in hand."""
+
+    __slots__ = ("message", "name", "number", "request", "restores", "size", "uuid", "work")
+
+    def __init__(self, message: Any, number: int, work: Work, size: int) -> None:
+        self.message = message
+        self.number = number  # in order of arrival
+        self.work = work
+        self.size = size  # bytes of its body
+        self.request: Request | None = None
+        self.name: str = ""
+        self.uuid: str = ""
+        self.restores = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether each of its events has an outcome."""
+        return None not in self.work.outcomes
+
+
+class Intake:
+    """Reads messages for one worker process, whatever they are, and tells Celery what became of them."""
+
+    def __init__(self, settings: Settings, hostname: str) -> None:
+        self._settings = settings
+        self._hostname = hostname
+        self._numbers = count(1)
+        self._consumer: Any = None
+        self._eventer: Any = None
+
+    def attach(self, consumer: Any) -> None:
+        """Use a consumer's new connection."""
+        self._consumer = consumer
+        self._eventer = consumer.event_dispatcher
+        if self._eventer:
+            # One PUBLISH for many events; kombu's 24 was measured to halve the throughput.
+            self._eventer.buffer_limit = 500
+
+    def read(self, message: Any) -> Item:
+        """The item of a message. Never raises: what cannot be read becomes a letter."""
+        headers: dict[str, Any] = message.headers if isinstance(message.headers, dict) else {}
+        body = message.body
+        body = body if isinstance(body, bytes) else str(body or "").encode(errors="surrogatepass")
+        call: Any = None
+        try:
+            if "task" not in headers and (call := _protocol_1(body)) is not None:
+                headers = {**headers, **{name: call.get(name) for name in ("task", "id", "eta", "expires")}}
+                call = [call.get("args"), call.get("kwargs"), {}]
+            restores = headers.get(RESTORES_HEADER, 0)
+            undeliverable.check(
+                headers,
+                content_type=message.content_type,
+                content_encoding=message.content_encoding,
+                size=len(body),
+                known=TASKS,
+                revoked=state.revoked,
+                deaths=getattr(message, "deaths_alone", 0),
+            )
+            call = read_call(body) if call is None else call
+            _check_call(call)
+            origin = self._origin(message, headers, body)
+            work = read_work(
+                headers["task"],
+                call[0],
+                call[1],
+                origin,
+                max_amount=self._settings.max_amount,
+                final=self._settings.burn_patience == 0,
+            )
+        except Unreadable as no:
+            return self._refused(message, headers, body, call, no)
+        item = self._item(message, headers, work, len(body))
+        item.restores = restores
+        item.request = self._request(message, headers, call)
+        self._announce(item, headers, call)
+        return item
+
+    def finish(self, item: Item, began: float, runtime: float) -> None:
+        """Acknowledge an item whose outcomes are durable, and say what they are."""
+        decided, text = item.work.summary()
+        request = item.request
+        if request is None:
+            item.message.ack_log_error(log, self._consumer.connection_errors)
+            self._send("task-failed", item, exception=text, traceback=text)
+            return
+        request.on_accepted(os.getpid(), began)  # type: ignore[arg-type]  # celery-types says str
+        if decided:
+            request.on_success((False, text, runtime))
+        else:
+            state.task_ready(request)
+            request.acknowledge()
+            self._send("task-failed", item, exception=text, traceback=text)
+
+    def give_back(self, items: list[Item]) -> None:
+        """Put messages back where they came from, in this order, uncounted."""
+        by_channel: dict[int, list[Item]] = {}
+        for item in items:
+            if item.request is not None:
+                state.task_ready(item.request)
+            by_channel.setdefault(id(item.message.channel), []).append(item)
+        for group in by_channel.values():
+            qos = group[0].message.channel.qos
+            try:
+                if hasattr(qos, "hand_back"):
+                    qos.hand_back([item.message.delivery_tag for item in group])
+                else:
+                    for item in reversed(group):
+                        item.message.requeue()
+            except Exception as error:  # noqa: BLE001 - Redis may be away; then the visibility timeout brings them back
+                log.warning(
+                    "could not put messages back, the visibility timeout will", messages=len(group), reason=str(error)
+                )
+
+    def _refused(self, message: Any, headers: dict[str, Any], body: bytes, call: Any, no: Unreadable) -> Item:
+        """An item that is nothing but a dead letter."""
+        work = Work(bulk=False)
+        kwargs = call[1] if isinstance(call, list) and len(call) > 1 else None
+        letter = letter_of(kwargs, no.reason, no.sentence, self._origin(message, headers, body))
+        work.refuse(letter)
+        log.info("message kept as a dead letter", reason=no.reason, detail=no.sentence, task=letter.origin.task)
+        item = self._item(message, headers, work, len(body))
+        self._announce(item, headers, call)
+        return item
+
+    def _item(self, message: Any, headers: dict[str, Any], work: Work, size: int) -> Item:
+        item = Item(message, next(self._numbers), work, size)
+        item.name = _text(headers.get("task")) or "unknown"
+        item.uuid = _text(headers.get("id")) or str(message.delivery_tag)
+        return item
+
+    def _origin(self, message: Any, headers: dict[str, Any], body: bytes) -> Origin:
+        kept = {
+            "headers": headers,
+            "content_type": message.content_type,
+            "content_encoding": message.content_encoding,
+            "routing_key": (message.delivery_info or {}).get("routing_key"),
+        }
+        return Origin(_text(headers.get("task")), _text(headers.get("id")), body[:MAX_BODY], kept)
+
+    def _request(self, message: Any, headers: dict[str, Any], call: list[Any]) -> Request | None:
+        """Celery's view of the message; None where its headers do not allow for one."""
+        try:
+            request = Request(
+                message,
+                on_ack=message.ack_log_error,
+                on_reject=message.reject_log_error,
+                hostname=self._hostname,
+                eventer=self._eventer,
+                app=self._consumer.app,
+                connection_errors=self._consumer.connection_errors,
+                task=self._consumer.app.tasks[headers["task"]],
+                body=(call[0], call[1], call[2]),
+                headers=headers,
+                decoded=True,
+            )
+        except Exception as error:  # noqa: BLE001 - headers are a producer's; the event in the body counts all the same
+            log.info("headers that Celery cannot read", reason=repr(error)[:200], task=headers.get("task"))
+            return None
+        state.task_reserved(request)
+        return request
+
+    def _announce(self, item: Item, headers: dict[str, Any], call: Any) -> None:
+        kwargs = headers.get("kwargsrepr")
+        if not isinstance(kwargs, str) or not kwargs:
+            kwargs = repr(call[1]) if isinstance(call, list) and len(call) > 1 else "{}"
+        self._send(
+            "task-received",
+            item,
+            name=item.name,
+            args="()",
+            kwargs=kwargs[:_LONGEST_REPR],
+            root_id=item.uuid,
+            parent_id=None,
+            retries=0,
+            eta=None,
+            expires=None,
+        )
+
+    def _send(self, kind: str, item: Item, **fields: Any) -> None:
+        if self._eventer and self._eventer.enabled:
+            self._eventer.send(kind, uuid=item.uuid, **fields)
+
+
+def _check_call(call: object) -> None:
+    if not isinstance(call, list) or len(call) != 3:  # noqa: PLR2004 - args, kwargs, embed
+        raise Unreadable("undecodable", "The body is not a call: a list of args, kwargs and options.")
+
+
+def _protocol_1(body: bytes) -> dict[str, Any] | None:
+    """The call of a message of Celery's first protocol, which has all in its body; None when it is no such message."""
+    call = read_call(body)
+    return call if isinstance(call, dict) and "task" in call else None
+
+
+def _text(value: object) -> str | None:
+    return value[:200] if isinstance(value, str) and value else None

@@ -1,0 +1,159 @@
+"""From a message to deliveries: `tokens.accrue`, `tokens.burn` and `tokens.apply_many`.
+
+The tasks are registered with Celery, so that `inspect` and Flower know them; what runs is `batching.py`, which reads
+messages here and decides many of them in one transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from schema.canonical import DuplicateKeys, NotCanonical, read_json, write_json
+from schema.events import MAX_EVENTS, InvalidEvent, parse_event
+from worker.ledger.dead_letters import Letter
+from worker.ledger.outcomes import Applied, DeadLettered, Delivery, Origin, Outcome, Rejected
+
+ACCRUE: Final = "tokens.accrue"
+BURN: Final = "tokens.burn"
+APPLY_MANY: Final = "tokens.apply_many"
+
+_TYPES: Final = {ACCRUE: "accrual", BURN: "burn"}
+
+#: Bytes of a message's body.
+MAX_BODY: Final = 16 * 1024 * 1024
+
+#: Longest text of a user id or key that a dead letter is filed under.
+_LONGEST_KEY: Final = 200
+
+
+class Unreadable(Exception):
+    """A message cannot be taken as what its task's name says: `reason` is a dead letter's, the text its sentence."""
+
+    def __init__(self, reason: str, sentence: str) -> None:
+        super().__init__(reason, sentence)
+        self.reason = reason
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+@dataclass(slots=True)
+class Work:
+    """What one message asks for: deliveries to decide and letters to keep, with the places of their outcomes."""
+
+    bulk: bool
+    deliveries: list[Delivery] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)  # of each delivery, among the outcomes
+    letters: list[Letter] = field(default_factory=list)
+    outcomes: list[Outcome | None] = field(default_factory=list)
+
+    @property
+    def events(self) -> int:
+        """How many events the message holds."""
+        return len(self.outcomes)
+
+    def refuse(self, letter: Letter) -> None:
+        """The next event has no outcome but a dead letter."""
+        self.letters.append(letter)
+        self.outcomes.append(DeadLettered(letter.reason, letter.detail))
+
+    def deliver(self, delivery: Delivery) -> None:
+        """The next event is to be decided."""
+        self.deliveries.append(delivery)
+        self.places.append(len(self.outcomes))
+        self.outcomes.append(None)
+
+    def summary(self) -> tuple[bool, str]:
+        """Whether anything was decided, and the result as Flower shows it."""
+        if not self.bulk:
+            outcome = self.outcomes[0]
+            return not isinstance(outcome, DeadLettered), str(outcome)
+        counts = {
+            "applied": sum(isinstance(outcome, Applied) for outcome in self.outcomes),
+            "rejected": sum(isinstance(outcome, Rejected) for outcome in self.outcomes),
+            "dead-lettered": sum(isinstance(outcome, DeadLettered) for outcome in self.outcomes),
+        }
+        text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return counts["dead-lettered"] < len(self.outcomes), text
+
+
+def read_call(body: bytes) -> Any:
+    """The JSON of a body, numbers exact. Raises Unreadable."""
+    if len(body) > MAX_BODY:
+        raise Unreadable("oversized", f"The message is {len(body)} bytes long: at most {MAX_BODY} are read.")
+    try:
+        return read_json(body)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable("undecodable", f"The body is not JSON: {type(error).__name__}: {error}"[:300]) from None
+
+
+def read_work(task: str, args: object, kwargs: object, origin: Origin, *, max_amount: int, final: bool = True) -> Work:
+    """What a call of one of our tasks asks for. `final`: whether burns that meet too small a balance are refused at once.
+
+    Raises Unreadable when the call as a whole has other arguments than the task.
+    """
+    if args not in ([], (), None):
+        raise Unreadable("invalid_arguments", f"{task} takes keyword arguments only: the event's fields.")
+    if not isinstance(kwargs, Mapping):
+        raise Unreadable("invalid_arguments", f"{task} takes keyword arguments as a JSON object.")
+    if isinstance(kwargs, DuplicateKeys):
+        raise Unreadable("invalid_arguments", f"The keyword argument {kwargs.name[:40]!a} stands twice.")
+    if task == APPLY_MANY:
+        return _read_many(kwargs, origin, max_amount, final=final)
+    work = Work(bulk=False)
+    _read_event(work, kwargs, _TYPES[task], origin, max_amount, final=final)
+    return work
+
+
+def _read_many(kwargs: Mapping[str, Any], origin: Origin, max_amount: int, *, final: bool) -> Work:
+    events = kwargs.get("events")
+    if kwargs.keys() != {"events"} or not isinstance(events, list) or not 1 <= len(events) <= MAX_EVENTS:
+        raise Unreadable(
+            "invalid_arguments", f"{APPLY_MANY} takes events and nothing else: a list of 1 to {MAX_EVENTS}."
+        )
+    work = Work(bulk=True)
+    for index, data in enumerate(events):
+        _read_event(work, data, None, origin.at(index), max_amount, final=final)
+    return work
+
+
+def _read_event(work: Work, data: object, type_: str | None, origin: Origin, max_amount: int, *, final: bool) -> None:
+    try:
+        event = parse_event(data, type_=type_, max_amount=max_amount)
+    except InvalidEvent as no:
+        work.refuse(letter_of(data, "invalid_event", str(no), origin))
+    else:
+        work.deliver(Delivery.of(event, origin, final=final))
+
+
+def letter_of(data: object, reason: str, detail: str, origin: Origin) -> Letter:
+    """A letter for what is not an event, filed under user and key where they can be made out."""
+    fields: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
+    return Letter(
+        reason,
+        detail,
+        origin,
+        user_id=_key(fields.get("user_id")),
+        idempotency_key=_key(fields.get("idempotency_key")),
+        event=_json(data),
+    )
+
+
+def _key(value: object) -> str | None:
+    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_KEY or "\x00" in value:
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return None
+    return value
+
+
+def _json(data: object) -> str | None:
+    try:
+        return write_json(data)
+    except (NotCanonical, RecursionError):
+        return None  # the letter's body has it

@@ -1,0 +1,67 @@
+"""Which messages become dead letters before anyone reads what they ask for: nothing may vanish."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from worker.queue.envelope import REASON_HEADER, UNDECODABLE_TASK
+
+from .tasks import MAX_BODY, Unreadable
+
+#: Deaths of a worker while it had a message in hand alone, after which the message is held to be the cause.
+POISONED: Final = 5
+
+_READ: Final = frozenset({"application/json"})
+_ENCODINGS: Final = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
+
+
+def check(
+    headers: Mapping[str, Any],
+    *,
+    content_type: object,
+    content_encoding: object,
+    size: int,
+    known: Container[str],
+    revoked: Container[str],
+    deaths: int,
+) -> None:
+    """Raise Unreadable for a message that must not, or cannot, be taken as a call of one of the `known` tasks."""
+    task = headers.get("task")
+    if task == UNDECODABLE_TASK:
+        raise Unreadable("undecodable", f"The message cannot be read: {_shown(headers.get(REASON_HEADER))}.")
+    if size > MAX_BODY:
+        raise Unreadable("oversized", f"The message is {size} bytes long: at most {MAX_BODY} are read.")
+    if deaths >= POISONED:
+        raise Unreadable("poison", f"{deaths} workers died while they had this message in hand and nothing else.")
+    if not isinstance(task, str) or task not in known:
+        raise Unreadable("unknown_task", f"There is no task {_shown(task)} here: {', '.join(sorted(known))}.")  # type: ignore[call-overload]
+    if headers.get("compression"):
+        raise Unreadable("undecodable", f"The body is compressed ({_shown(headers['compression'])}); send it plain.")
+    if content_type not in _READ:
+        raise Unreadable("undecodable", f"The content type is {_shown(content_type)}; only application/json is read.")
+    if not isinstance(content_encoding, str) or content_encoding.lower() not in _ENCODINGS:
+        raise Unreadable("undecodable", f"The content encoding is {_shown(content_encoding)}; only utf-8 is read.")
+    if headers.get("id") in revoked:
+        raise Unreadable("revoked", "The task was revoked before it was decided.")
+    _check_times(headers)
+
+
+def _check_times(headers: Mapping[str, Any]) -> None:
+    expires = headers.get("expires")
+    if expires is not None:
+        try:
+            moment = datetime.fromisoformat(expires)
+        except (TypeError, ValueError):
+            raise Unreadable("expired", f"expires is {_shown(expires)}, which is no moment; do not set it.") from None
+        if moment.replace(tzinfo=moment.tzinfo or UTC) < datetime.now(UTC):
+            raise Unreadable("expired", f"The message expired at {expires}, before it was decided; do not set expires.")
+    if (eta := headers.get("eta")) is not None:
+        raise Unreadable("scheduled", f"The message has an eta ({_shown(eta)}); send it when it is due instead.")
+
+
+def _shown(value: object) -> str:
+    """Anything a header can hold, as ASCII and short."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."  # noqa: PLR2004 - short
