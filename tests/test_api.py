@@ -31,7 +31,7 @@ from worker import db
 from worker.config import Settings
 from worker.ledger.apply import apply_batch
 from worker.ledger.outcomes import Applied, Delivery
-from worker.read.api import CannotListen, create_app, serve
+from worker.read.api import CannotListen, create_app, listen, serve
 from worker.read.database import Database
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def running(url):
     """A client of a server that reads the database at `url`."""
     app = create_app(Settings(DATABASE_URL=SecretStr(url)))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
-    with socket.create_server(("127.0.0.1", 0)) as line:
+    with listen("127.0.0.1", 0) as line:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [line]})
         thread.start()
         try:
@@ -518,6 +518,14 @@ def test_serve_answers_until_told_to_stop_and_finishes_what_is_under_way(databas
     assert process.returncode in (0, -stop)
     assert f"http://127.0.0.1:{port}" in output
     assert "Traceback" not in output
+
+
+def test_answers_do_not_wait_for_the_readers_acknowledgement():
+    """The event loop sets TCP_NODELAY on a connection only if its socket says it is TCP."""
+    with listen("127.0.0.1", 0) as line, socket.create_connection(line.getsockname()):
+        accepted, _ = line.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
 
 
 def test_serve_says_in_one_sentence_that_the_port_is_taken(database_url):

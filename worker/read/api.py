@@ -99,7 +99,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     app = create_app(settings)
     # The pool speaks of every attempt to connect; we speak of every outage, once.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
-    with _listen(host, port) as line:
+    with listen(host, port) as line:
         shown = f"[{host}]" if ":" in host else host
         log.info("api_listening", url=f"http://{shown}:{line.getsockname()[1]}")
         config = uvicorn.Config(
@@ -114,11 +114,16 @@ def serve(settings: Settings, host: str, port: int) -> None:
             uvicorn.Server(config).run(sockets=[line])
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket of our own, because uvicorn would log and exit where it cannot have one."""
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket of our own, because uvicorn would log and exit where it cannot have one.
+
+    Raises CannotListen. It is TCP by name: asyncio switches delays off (TCP_NODELAY) only where it can tell, and
+    an answer would else wait 40 ms for the reader's acknowledgement.
+    """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        line = socket.create_server(address[:2], family=family, backlog=2048)
+        return socket.socket(family, kind, socket.IPPROTO_TCP, fileno=line.detach())
     except (OSError, OverflowError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CannotListen(
