@@ -12,6 +12,7 @@ import itertools
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -126,7 +127,9 @@ def requires_program() -> Callable[..., str]:
     """`requires_program("chromium")`: where it is. Without it the test is skipped, in CI it fails."""
 
     def find(name: str, path: str | None = None) -> str:
-        found = shutil.which(name, path=path)
+        # Beside our Python too: what the lock file installs is not on everyone's PATH.
+        everywhere = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        found = shutil.which(name, path=path if path is not None else everywhere)
         if found is None:
             reason = f"needs the program {name}: `make system-packages` installs it on Debian"
             if os.environ.get("CI") == "true":

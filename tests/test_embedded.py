@@ -25,7 +25,7 @@ import json, sys, time
 from pathlib import Path
 from worker import embedded
 
-with embedded.servers(Path(sys.argv[1]) if len(sys.argv) > 1 else None) as pair:
+with embedded.servers(Path(sys.argv[1]) if len(sys.argv) > 1 else None, durable=False) as pair:
     print(json.dumps([pair.pids, str(pair.logs)]), flush=True)
     time.sleep(600)
 """
