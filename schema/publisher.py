@@ -116,7 +116,7 @@ class Publisher:
         if lanes < 0:
             raise ValueError("lanes must not be negative.")
         self._redis = connect(broker_url, master_name=master_name, timeout=timeout)
-        self._server = _address(broker_url)
+        self._server = address(broker_url)
         self._queue = queue
         self._lanes = lanes
         self._origin = json.dumps(f"{os.getpid()}@{socket.gethostname()}")
@@ -243,7 +243,7 @@ class Publisher:
         try:
             connection = pool.get_connection()
         except (RedisError, OSError) as error:
-            raise PublishError(f"{unreachable(self._server, error)} {count} not published.", events) from error
+            raise PublishError(f"{unreachable(self._server, error)[:-1]}: {count} not published.", events) from error
         try:
             connection.send_command("LPUSH", queue, *messages)  # type: ignore[no-untyped-call]
             connection.read_response()
@@ -291,15 +291,15 @@ def bulks(events: Iterable[Event], count: int = 500) -> Iterator[list[Event]]:
 
 
 def unreachable(server: str, error: Exception) -> str:
-    """One sentence for a Redis that does not let us in."""
-    return f"Redis at {server} does not answer ({_reason(error)})."
+    """One sentence for a Redis that is away or does not let us in."""
+    return f"Redis at {server} cannot be used ({_reason(error)})."
 
 
 def _reason(error: BaseException) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
-def _address(broker_url: str) -> str:
+def address(broker_url: str) -> str:
     """The URL without user and password, fit for a log."""
     shown = []
     for part in broker_url.split(";"):
