@@ -1,0 +1,51 @@
+"""The command `tokentrail`. Exit codes: 0 done, 1 something failed or is away, 2 the command or a setting is wrong.
+
+failures.py   every error that a user can meet, as one sentence
+running.py    up, demo
+migrate.py    migrate
+worker.py     worker
+api.py        api
+publish.py    publish
+reading.py    history, supply
+configured.py settings
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from worker.cli import api, configured, migrate, publish, reading, running, worker
+from worker.cli.failures import explain
+
+app = typer.Typer(
+    name="tokentrail",
+    help="Applies token accruals and burns from Redis to PostgreSQL, with an audit trail that can be proved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(running.up)
+app.command()(running.demo)
+app.add_typer(migrate.app, name="migrate")
+app.command()(worker.worker)
+app.command()(api.api)
+app.command()(publish.publish)
+app.command()(reading.history)
+app.command()(reading.supply)
+app.command("settings")(configured.show)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit. Errors a user can meet are one sentence on standard error, never a traceback."""
+    try:
+        code = app(prog_name="tokentrail", standalone_mode=False)
+    except Exception as error:
+        sentence, code = explain(error)
+        if sentence is None:
+            raise
+        if sentence:  # empty when all there was to say is the help
+            print(f"tokentrail: {sentence}", file=sys.stderr)  # noqa: T201 - the answer to a person
+    sys.exit(code or 0)

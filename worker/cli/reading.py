@@ -1,0 +1,65 @@
+"""`tokentrail history` and `tokentrail supply`: what the ledger holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ValidationError
+
+from schema.answers import MAX_LIMIT, HistoryQuery
+from schema.canonical import plain_number
+from worker.cli.usage import Misused
+from worker.config import settings
+from worker.db import check_schema, connect
+from worker.read.history import read_history_now
+from worker.read.supply import read_supply
+from worker.show import console, history_table, printable, supply_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import psycopg
+
+
+def history(
+    user: Annotated[str, typer.Argument(help="Whose history.", show_default=False)],
+    page: Annotated[int, typer.Option(min=1, help="1 is the newest.")] = 1,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="Records on a page.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="The API's answer.")] = False,
+) -> None:
+    """Show a user's records, newest first."""
+    try:
+        query = HistoryQuery.model_validate({"userId": user, "page": page, "limit": limit})
+    except ValidationError:
+        raise Misused(f"USER must be {HistoryQuery.model_fields['user_id'].description}.") from None
+    with _reader() as connection:
+        answer = read_history_now(connection, query.user_id, query.page, query.limit)
+    if as_json:
+        typer.echo(answer.json_text())
+    elif not answer.pagination.total:
+        console().print(f"{printable(user)} has no records.")
+    else:
+        console().print(history_table(user, answer))
+
+
+def supply(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable; amounts are text.")] = False,
+) -> None:
+    """Show how many tokens were issued and burned, and how many circulate."""
+    with _reader() as connection:
+        found = read_supply(connection)
+    if as_json:
+        typer.echo(json.dumps({name: plain_number(amount) for name, amount in found._asdict().items()}))
+    else:
+        console().print(supply_table(found))
+
+
+@contextlib.contextmanager
+def _reader() -> Iterator[psycopg.Connection]:
+    found = settings()
+    with connect(found.database(), found, name="tokentrail cli") as connection:
+        check_schema(connection)
+        yield connection

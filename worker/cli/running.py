@@ -1,0 +1,85 @@
+"""`tokentrail up` and `tokentrail demo`: all of it on this machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from typing import Annotated
+
+import typer
+from pydantic import SecretStr
+
+from worker import up as running
+from worker.cli.usage import Misused
+from worker.config import Settings, settings
+from worker.db import ROOT, migrate
+from worker.demo import DemoError, Economy, run_demo
+from worker.embedded import servers
+from worker.processes import Child, Family
+from worker.show import console
+
+#: Seconds that the demo's own worker gets to end.
+_GRACE = 10.0
+
+
+def up(
+    demo: Annotated[bool, typer.Option("--demo", help="Publish the demo economy once everything runs.")] = False,
+) -> None:
+    """Run PostgreSQL, Valkey, a worker, the API and Flower here, until Ctrl-C.
+
+    With DATABASE_URL or BROKER_URL set, those servers are used instead of embedded ones.
+    """
+    running.up(with_demo=demo)
+
+
+def demo(
+    seed: Annotated[int, typer.Option(help="Another number, another economy.")] = 1,
+    events: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many different events.")] = 5000,
+    run: Annotated[
+        str | None,
+        typer.Option(help="Name of the run, part of every key: the same seed and run again change nothing."),
+    ] = None,
+) -> None:
+    """Publish a believable token economy, wait until all of it is decided, and show the books.
+
+    Uses the servers of the settings or of a running `tokentrail up`; with neither, throw-away ones and a worker
+    of its own.
+    """
+    if run is not None and not (run.isascii() and run.isalnum() and len(run) <= 40):  # noqa: PLR2004 - the sentence says it
+        raise Misused("--run must be 1 to 40 ASCII letters and digits.")
+    economy = Economy(seed, run or secrets.token_hex(3), events)
+    found = settings()
+    if found.database_url is None and found.broker_url is None:
+        balanced = _on_throw_away_servers(found, economy)
+    else:
+        balanced = run_demo(found, economy, console())
+    if not balanced:
+        raise typer.Exit(1)
+
+
+def _on_throw_away_servers(found: Settings, economy: Economy) -> bool:
+    show = console()
+    show.print("Starting throw-away servers and a worker …")
+    with servers() as pair:
+        migrate(pair.database_url)
+        family = Family()
+        worker = Child(
+            "worker",
+            [sys.executable, "-m", "worker.cli", "worker", "--name", "demo"],
+            env={**os.environ, "DATABASE_URL": pair.database_url, "BROKER_URL": pair.broker_url},
+            cwd=ROOT,
+            log=pair.logs / "worker.log",
+        )
+
+        def check() -> None:
+            pair.check()
+            if not worker.running:
+                raise DemoError(f"The demo's worker {worker.last_words}")
+
+        addresses = {"database_url": SecretStr(pair.database_url), "broker_url": SecretStr(pair.broker_url)}
+        family.add(worker)
+        try:
+            return run_demo(found.model_copy(update=addresses), economy, show, check)
+        finally:
+            family.stop([worker], _GRACE)

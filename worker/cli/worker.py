@@ -1,0 +1,105 @@
+"""`tokentrail worker`: Celery workers that apply events, one or several under one parent."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated, Final
+
+import psycopg
+import typer
+from redis.exceptions import RedisError
+
+from schema.publisher import address, unreachable
+from schema.publisher import connect as connect_broker
+from worker.cli.usage import Misused, NotReady
+from worker.config import ConfigError, settings
+from worker.db import ROOT, check_schema, connect
+from worker.processes import Child, Family
+
+if TYPE_CHECKING:
+    from worker.config import Settings
+
+#: How every worker is started. One thread: the batch is the unit of work, and events of a worker share it.
+CELERY: Final = (
+    *("celery", "--quiet", "-A", "worker.app", "worker"),
+    *("-P", "threads", "-c", "1"),
+    "-E",  # events, so that Flower shows every task
+    *("--without-mingle", "--without-gossip"),  # chatter between workers, which share nothing
+)
+#: Celery warns of running as root because messages may be pickled code. Ours are JSON, and nothing else is read.
+_NO_WARNING: Final = ("-W", "ignore:You're running the worker with superuser privileges")
+_LANES: Final = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", re.ASCII)
+
+
+def worker(
+    processes: Annotated[int, typer.Option(min=1, max=256, help="Worker processes under one parent.")] = 1,
+    lanes: Annotated[
+        str | None, typer.Option(help="Also take these lanes of the queue, such as 0-3 or 0,2.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Its name in Flower; a number is appended to each of several.", show_default=False),
+    ] = None,
+) -> None:
+    """Apply events until SIGTERM or SIGINT, which lets the batch under way finish.
+
+    Several processes share one parent, which starts one that has ended again.
+    """
+    numbers = _lanes(lanes) if lanes is not None else []
+    found = settings()
+    _check(found)
+    name = name or f"worker-{os.getpid()}"
+    command = [sys.executable, *_NO_WARNING, "-m", *CELERY, "--loglevel", found.log_level]
+    if numbers:
+        command += ["--queues", ",".join([found.queue, *(f"{found.queue}.{lane}" for lane in numbers)])]
+    if processes == 1:
+        os.chdir(ROOT)  # where Celery finds its settings
+        os.execv(command[0], [*command, "--hostname", f"{name}@%h"])  # noqa: S606 - our own interpreter
+    _supervise(
+        [Child(f"{name}-{n}", [*command, "--hostname", f"{name}-{n}@%h"], cwd=ROOT) for n in range(1, processes + 1)]
+    )
+
+
+def _supervise(children: list[Child]) -> None:
+    """Keep all of them running until we are asked to stop; then let each finish its batch, however long that takes."""
+    family = Family()
+    with family.signals():
+        for child in children:
+            family.add(child)
+        while not family.stopping:
+            for dead in family.step(0.5):
+                typer.echo(
+                    f"{dead.name} {dead.last_words}; it is started again in {dead.restart_later():.0f} s.", err=True
+                )
+        family.stop(children, grace=None)
+
+
+def _check(found: Settings) -> None:
+    """Raise NotReady or SchemaError, in one sentence, unless both servers answer and the schema is ours."""
+    try:
+        with connect(found.database(), found) as connection:
+            if warning := check_schema(connection):
+                typer.echo(warning, err=True)
+    except psycopg.OperationalError as error:
+        raise NotReady(f"PostgreSQL does not answer: {' '.join(str(error).split())}.") from error
+    try:
+        with connect_broker(found.broker()) as broker:
+            broker.ping()
+    except (RedisError, OSError) as error:
+        raise NotReady(unreachable(address(found.broker()), error)) from error
+    except ValueError as error:
+        raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
+
+
+def _lanes(text: str) -> list[int]:
+    if not _LANES.fullmatch(text):
+        raise Misused("--lanes must be numbers and ranges such as 0-3 or 0,2.")
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            raise Misused(f"--lanes: {part} ends before it begins.")
+        found.update(range(int(first), int(last or first) + 1))
+    return sorted(found)

@@ -1,0 +1,90 @@
+"""`tokentrail demo`: publish a small token economy, wait until all of it is decided, and show what became of it.
+
+economy.py  the events
+report.py   what PostgreSQL says afterwards
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from schema.publisher import Publisher
+from worker.db import connect
+from worker.demo import report
+from worker.demo.economy import Delivery, Economy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import psycopg
+    from rich.console import Console
+
+    from schema.events import Event
+    from worker.config import Settings
+
+__all__ = ["DemoError", "Economy", "run_demo"]
+
+#: The demo gives up when so many seconds pass without a further event decided.
+_PATIENCE_SECONDS: Final = 60.0
+
+
+class DemoError(Exception):
+    """The demo did not come to its end; the message says why, and what to do."""
+
+
+def run_demo(settings: Settings, economy: Economy, console: Console, check: Callable[[], None] = lambda: None) -> bool:
+    """Publish the economy, wait until every event has an outcome, show the books; whether they balance.
+
+    Somebody else runs the worker; `check` is called while we wait for it, and may raise. Raises PublishError
+    when Redis does not take it, and DemoError when nothing has been decided for a minute.
+    """
+    deliveries = list(economy.deliveries())
+    arriving = sum(len(delivery.events) for delivery in deliveries)
+    console.print(
+        f"Publishing {economy.size:,} events of {len(economy.users)} users, {arriving - economy.size:,} of them twice …"
+    )
+    began = time.monotonic()
+    with connect(settings.database(), settings, name="tokentrail demo") as connection:
+        with Publisher(settings.broker(), settings.queue) as publisher:
+            _publish(publisher, deliveries)
+        _wait(connection, economy, console, check)
+        seconds = time.monotonic() - began
+        console.print(f"All decided {seconds:.1f} s after the first was published.")
+        console.print()
+        return report.show(connection, economy, arriving, console)
+
+
+def _publish(publisher: Publisher, deliveries: Iterable[Delivery]) -> None:
+    singles: list[Event] = []
+    for delivery in deliveries:
+        if delivery.bulk:
+            publisher.publish_all(singles)
+            singles.clear()
+            publisher.publish_bulk(delivery.events)
+        else:
+            singles.extend(delivery.events)
+    publisher.publish_all(singles)
+
+
+def _wait(connection: psycopg.Connection, economy: Economy, console: Console, check: Callable[[], None]) -> None:
+    columns = (TextColumn("applying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("applying", total=economy.size)
+        decided, since = 0, time.monotonic()
+        while True:
+            check()
+            now_decided = report.decided(connection, economy)
+            if now_decided > decided:
+                decided, since = now_decided, time.monotonic()
+                progress.update(bar, completed=decided)
+            if decided >= economy.size:
+                return
+            if time.monotonic() - since > _PATIENCE_SECONDS:
+                raise DemoError(
+                    f"{economy.size - decided:,} of {economy.size:,} events have no outcome, and none was decided for"
+                    f" {_PATIENCE_SECONDS:.0f} s: is a worker running? Start one with `tokentrail worker`."
+                )
+            time.sleep(0.1)

@@ -1,0 +1,68 @@
+"""Logs: one event a line on standard error, as JSON for machines or aligned for people."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+import structlog
+
+from worker.config import ConfigError
+
+if TYPE_CHECKING:
+    from structlog.typing import Processor
+
+    from worker.config import Settings
+
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_FORMATS = ("auto", "json", "console")
+
+
+def set_up(settings: Settings) -> None:
+    """Send structlog's events and the standard library's records the same way. Safe to call again.
+
+    Raises ConfigError when TOKENTRAIL_LOG_LEVEL or TOKENTRAIL_LOG_FORMAT has no such value.
+    """
+    level, form = settings.log_level.upper(), settings.log_format.lower()
+    if level not in _LEVELS:
+        raise ConfigError(f"TOKENTRAIL_LOG_LEVEL must be one of {', '.join(_LEVELS)}, not {settings.log_level!r}.")
+    if form not in _FORMATS:
+        raise ConfigError(f"TOKENTRAIL_LOG_FORMAT must be one of {', '.join(_FORMATS)}, not {settings.log_format!r}.")
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    for_people = form == "console" or (form == "auto" and on_terminal)
+
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if for_people else "iso", utc=not for_people),
+    ]
+    rendered: list[Processor] = (
+        [structlog.dev.ConsoleRenderer(colors=on_terminal, pad_event_to=0)]
+        if for_people
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,  # loggers are made at import, before this is called
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered],
+        )
+    )
+    # The steps of its start and stop; ours says when it listens.
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLevelName(level)))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
