@@ -180,6 +180,9 @@ class Transport(stock.Transport):
 
     Channel = Channel
 
+    #: Seconds that an idle channel waits at a stretch; closing takes as long, as what comes last is not to be missed.
+    brpop_timeout = 0.1
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cycle = Poller()
