@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 
 from worker.config import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+#: The oldest PostgreSQL we work with, as `server_version_num`.
+OLDEST_SERVER: Final = 150_000
+
+
+class SchemaError(CommandError):
+    """The database is not one this code can work with; the message says why and what to do."""
 
 
 def alembic_config(url: str | None = None) -> Config:
@@ -22,9 +31,14 @@ def alembic_config(url: str | None = None) -> Config:
     return config
 
 
-def migrate(url: str, revision: str = "head") -> None:
-    """Bring the schema up to `revision`. Waits while another migration runs; safe under load and to run again."""
-    command.upgrade(alembic_config(url), revision)
+def migrate(url: str, revision: str = "head") -> list[str]:
+    """Bring the schema up to `revision`; the revisions applied, oldest first.
+
+    Waits while another migration runs; safe under load, and to run again after it was killed.
+    """
+    config = alembic_config(url)
+    command.upgrade(config, revision)
+    return list(config.attributes.get("applied", []))
 
 
 def known_revision() -> str:
@@ -32,6 +46,51 @@ def known_revision() -> str:
     head = ScriptDirectory.from_config(alembic_config()).get_current_head()
     assert head is not None
     return head
+
+
+def knows(revision: str) -> bool:
+    """Whether this code has that migration. Migrations are only ever added, so one it lacks is a newer one."""
+    scripts = ScriptDirectory.from_config(alembic_config())
+    return any(script.revision == revision for script in scripts.walk_revisions())
+
+
+def current_revision(connection: psycopg.Connection) -> str | None:
+    """The schema the database has; None before the first migration."""
+    if connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,):
+        return None
+    row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    return None if row is None else str(row[0])
+
+
+def check_schema(connection: psycopg.Connection) -> str | None:
+    """Raise SchemaError, in one sentence, unless this code can work with the database.
+
+    A schema newer than the code is fine, because every migration leaves the workers of before running: the
+    answer is then a sentence to warn with, else None.
+    """
+    refuse_old_server(connection)
+    known, current = known_revision(), current_revision(connection)
+    if current == known:
+        return None
+    if current is None:
+        raise SchemaError("The database has no schema yet: run `tokentrail migrate`.")
+    if knows(current):
+        raise SchemaError(f"The schema is at {current} and this code needs {known}: run `tokentrail migrate`.")
+    if connection.execute("SELECT to_regclass('transaction_record')").fetchone() == (None,):
+        raise SchemaError(
+            f"The database's alembic_version names {current}, which is not a migration of tokentrail: give tokentrail "
+            "a database of its own, or a schema of its own with ?options=-csearch_path%3D… in DATABASE_URL."
+        )
+    return f"The schema is at {current}, newer than this code ({known}); deploy the newer code soon."
+
+
+def refuse_old_server(connection: psycopg.Connection) -> None:
+    """Raise SchemaError when the server is older than we work with."""
+    version = connection.info.server_version
+    if version < OLDEST_SERVER:
+        raise SchemaError(
+            f"PostgreSQL {version // 10_000} is too old: tokentrail needs {OLDEST_SERVER // 10_000} or newer."
+        )
 
 
 def connect(url: str, settings: Settings, *, name: str = "tokentrail worker") -> psycopg.Connection:

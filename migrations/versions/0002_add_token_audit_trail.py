@@ -104,8 +104,9 @@ CREATE TABLE IF NOT EXISTS dead_letter (
     purged_at timestamptz,
     CONSTRAINT pk_dead_letter PRIMARY KEY (id),
     CONSTRAINT uq_dead_letter_fingerprint UNIQUE (fingerprint),
-    CONSTRAINT ck_dead_letter_reason_known CHECK (reason IN ('unknown_task', 'undecodable', 'invalid_arguments',
-        'invalid_event', 'conflict', 'refused_by_database', 'internal_error', 'poison', 'oversized', 'revoked', 'expired', 'scheduled')),
+    CONSTRAINT ck_dead_letter_reason_known CHECK (reason IN (
+        'unknown_task', 'undecodable', 'invalid_arguments', 'invalid_event', 'conflict', 'refused_by_database',
+        'internal_error', 'poison', 'oversized', 'revoked', 'expired', 'scheduled')),
     CONSTRAINT ck_dead_letter_state_known CHECK (state IN ('open', 'replayed', 'discarded')),
     CONSTRAINT ck_dead_letter_deliveries_from_one CHECK (deliveries > 0),
     CONSTRAINT ck_dead_letter_who_and_when CHECK (
@@ -134,7 +135,8 @@ def upgrade() -> None:
         for statement in NEW_TABLES.split(";\n"):
             briefly(statement.strip())
 
-        briefly("""
+        briefly(
+            """
             ALTER TABLE account
                 ADD COLUMN IF NOT EXISTS opening_balance numeric(38, 18),
                 ADD COLUMN IF NOT EXISTS sequence bigint NOT NULL DEFAULT 0,
@@ -142,19 +144,27 @@ def upgrade() -> None:
                 ADD COLUMN IF NOT EXISTS rejections bigint NOT NULL DEFAULT 0,
                 ADD COLUMN IF NOT EXISTS rejection_head bytea,
                 ADD COLUMN IF NOT EXISTS last_recorded_at timestamptz
-        """)
-        briefly("ALTER TABLE account SET (fillfactor = 70)")
-        briefly("""
+        """,
+            on="account",
+        )
+        briefly("ALTER TABLE account SET (fillfactor = 70)", on="account")
+        briefly(
+            """
             ALTER TABLE burned_credit
                 ADD COLUMN IF NOT EXISTS sequence bigint,
                 ADD COLUMN IF NOT EXISTS balance_before numeric(38, 18),
                 ADD COLUMN IF NOT EXISTS balance_after numeric(38, 18)
-        """)
-        briefly("""
+        """,
+            on="burned_credit",
+        )
+        briefly(
+            """
             ALTER TABLE global_token_balance
                 ADD COLUMN IF NOT EXISTS issued numeric,
                 ADD COLUMN IF NOT EXISTS burned numeric
-        """)
+        """,
+            on="global_token_balance",
+        )
 
         add_constraint("account", "ck_account_sequence_not_negative", "CHECK (sequence >= 0)")
         add_constraint(
@@ -203,14 +213,16 @@ def upgrade() -> None:
             END $$
         """)
         for table in APPEND_ONLY:
-            briefly(f"""
-                CREATE OR REPLACE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}
-                FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()
-            """)
-        briefly("""
-            CREATE OR REPLACE TRIGGER keep_account BEFORE DELETE OR TRUNCATE ON account
-            FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()
-        """)
+            briefly(
+                f"CREATE OR REPLACE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+                "FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()",
+                on=table,
+            )
+        briefly(
+            "CREATE OR REPLACE TRIGGER keep_account BEFORE DELETE OR TRUNCATE ON account "
+            "FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()",
+            on="account",
+        )
 
 
 def downgrade() -> None:
