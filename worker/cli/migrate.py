@@ -1,0 +1,100 @@
+"""`tokentrail migrate`: the schema of the database, deployed, looked at, and taken further."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import psycopg
+import typer
+from alembic import command
+from alembic.util import CommandError
+from sqlalchemy.exc import DBAPIError
+
+from worker.config import ConfigError, settings
+from worker.db import alembic_config, check_schema, current_revision, known_revision, knows, migrate
+
+#: The database said no, or is not as it must be.
+DATABASE_FAILED = 1
+#: The command cannot be carried out as it was given.
+USAGE = 2
+
+_DUPLICATE_TABLE = "42P07"
+
+app = typer.Typer(help="Bring the database's schema up to date.")
+
+
+@app.callback(invoke_without_command=True)
+def deploy(
+    context: typer.Context,
+    sql: Annotated[bool, typer.Option("--sql", help="Print the statements for review, and change nothing.")] = False,
+    since: Annotated[str, typer.Option("--from", help="With --sql: the revision to start at.")] = "base",
+) -> None:
+    """Bring the schema up to date: safe under load, with others at it, and again after it was killed."""
+    if context.invoked_subcommand is not None:
+        return
+    with _failing_in_one_sentence():
+        if sql:
+            command.upgrade(alembic_config(), f"{since}:head", sql=True)
+            return
+        with _connected() as connection:
+            before = current_revision(connection)
+            if before is not None and not knows(before):
+                typer.echo(f"Left as it is: {check_schema(connection)}")
+                return
+        applied = migrate(settings().database())
+        if applied:
+            typer.echo(f"Migrated the schema from {before or 'nothing'} to {applied[-1]}.")
+        else:
+            typer.echo(f"The schema is at {known_revision()} already: nothing to do.")
+
+
+@app.command()
+def status() -> None:
+    """Say which revision the schema is at; exit 1 if this code cannot work with it."""
+    with _failing_in_one_sentence(), _connected() as connection:
+        typer.echo(
+            check_schema(connection) or f"The schema is at {current_revision(connection)}, as this code needs it."
+        )
+
+
+@app.command()
+def new(name: Annotated[str, typer.Argument(help="What it does, like add_token_audit_trail.")]) -> None:
+    """Write the next revision, from how the models differ from the database. It is a draft: read its rules."""
+    with _failing_in_one_sentence():
+        revision = f"{int(known_revision()) + 1:04}"
+        config = alembic_config(settings().database())
+        script = command.revision(config, name.replace("_", " "), autogenerate=True, rev_id=revision)
+        assert script is not None
+        assert not isinstance(script, list)
+        typer.echo(
+            f"Wrote {script.path}. Alembic does not see CHECK constraints and triggers, and knows nothing of locks: "
+            "write those by hand, in the words of migrations/steps.py."
+        )
+
+
+def _connected() -> psycopg.Connection:
+    return psycopg.connect(settings().database(), connect_timeout=5)
+
+
+@contextmanager
+def _failing_in_one_sentence() -> Iterator[None]:
+    """End the command with what went wrong and what to do, and without a traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        raise _exit(str(error), USAGE) from None
+    except CommandError as error:
+        raise _exit(str(error), DATABASE_FAILED) from None
+    except (DBAPIError, psycopg.Error) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        sentence = " ".join(str(cause).split())
+        if isinstance(cause, psycopg.Error) and cause.sqlstate == _DUPLICATE_TABLE:
+            sentence += "; if these tables are the schema before the trail, say so: alembic stamp 0001"
+        raise _exit(f"PostgreSQL: {sentence}", DATABASE_FAILED) from None
+
+
+def _exit(sentence: str, code: int) -> typer.Exit:
+    typer.echo(sentence, err=True)
+    return typer.Exit(code)
