@@ -154,3 +154,21 @@ REJECTION_FORM: Final = _sql(
     "encode(r.payload_hash, 'hex')",
     "encode(previous, 'hex')",
 )
+
+#: The payload hash of `r`, a row with source and action beside it: absent fields are left out, not NULL.
+PAYLOAD_FORM: Final = "sha256(convert_to(concat({}), 'UTF8'))".format(
+    ", ".join(
+        f"octet_length({x}) || ':' || ({x})"
+        for x in (
+            "r.type",
+            "r.user_id",
+            "r.amount::text",
+            "CASE r.type WHEN 'accrual' THEN 'source' ELSE 'action' END",
+            "coalesce(r.source, r.action)",
+            "CASE WHEN r.metadata IS NOT NULL THEN 'metadata' END",
+            "r.metadata::text",
+            "CASE WHEN r.occurred_at IS NOT NULL THEN 'occurred_at' END",
+            _sql_micros("r.occurred_at"),
+        )
+    )
+)
