@@ -17,9 +17,8 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 from catalog import catalog
-from typer.testing import CliRunner
 
-from worker.cli.migrate import app
+from worker.cli import main
 from worker.config import settings
 from worker.db import (
     ROOT,
@@ -32,7 +31,7 @@ from worker.db import (
 )
 from worker.embedded.binaries import postgres_folder
 
-TOKENTRAIL = (sys.executable, "-c", "from worker.cli.migrate import app; app(prog_name='tokentrail migrate')")
+TOKENTRAIL = (sys.executable, "-m", "worker.cli", "migrate")
 ALEMBIC = (sys.executable, "-m", "alembic")
 #: What `tokentrail migrate` does, in a process that starts in half the time.
 MIGRATE = (
@@ -87,10 +86,19 @@ def run(command, url, *arguments, cwd=ROOT):
     )
 
 
-def tokentrail_migrate(url, *arguments):
-    """The command, in this process."""
-    settings.cache_clear()
-    return CliRunner().invoke(app, arguments, env={"DATABASE_URL": url}, prog_name="tokentrail migrate")
+@pytest.fixture
+def tokentrail_migrate(monkeypatch, capsys):
+    """The command, in this process: exit code, standard output, standard error."""
+
+    def command(url, *arguments):
+        monkeypatch.setenv("DATABASE_URL", url)
+        monkeypatch.setattr(sys, "argv", ["tokentrail", "migrate", *arguments])
+        settings.cache_clear()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return command
 
 
 @contextmanager
@@ -148,49 +156,53 @@ STEPS_TO_DIE_AT = (3, 9, 12, 26, 30)
 # Deploying
 
 
-def test_deploying_says_from_which_revision_to_which_and_a_second_time_does_nothing(empty_database_url):
-    first = tokentrail_migrate(empty_database_url)
-    assert (first.exit_code, first.stdout, first.stderr) == (0, "Migrated the schema from nothing to 0002.\n", "")
+def test_deploying_says_from_which_revision_to_which_and_a_second_time_does_nothing(
+    empty_database_url, tokentrail_migrate
+):
+    assert tokentrail_migrate(empty_database_url) == (0, "Migrated the schema from nothing to 0002.\n", "")
+    assert tokentrail_migrate(empty_database_url) == (0, "The schema is at 0002 already: nothing to do.\n", "")
 
-    second = tokentrail_migrate(empty_database_url)
-    assert (second.exit_code, second.stdout) == (0, "The schema is at 0002 already: nothing to do.\n")
 
-
-def test_deploying_over_a_newer_schema_leaves_it_as_it_is(database_url):
+def test_deploying_over_a_newer_schema_leaves_it_as_it_is(database_url, tokentrail_migrate):
     _set_revision(database_url, "9999")
-    deployed = tokentrail_migrate(database_url)
-    assert deployed.exit_code == 0
-    assert deployed.stdout.startswith("Left as it is: The schema is at 9999, newer than this code (0002)")
+    code, output, _ = tokentrail_migrate(database_url)
+    assert code == 0
+    assert output.startswith("Left as it is: The schema is at 9999, newer than this code (0002)")
 
 
-def test_a_failure_is_one_sentence_and_an_exit_code(empty_database_url):
-    nowhere = tokentrail_migrate("postgresql://app@127.0.0.1:1/none")
-    assert nowhere.exit_code == 1
-    assert nowhere.stderr.startswith("PostgreSQL: connection failed")
-    assert nowhere.stderr.count("\n") == 1
+def test_a_failure_is_one_sentence_and_an_exit_code(empty_database_url, tokentrail_migrate):
+    code, _, nowhere = tokentrail_migrate("postgresql://app@127.0.0.1:1/none")
+    assert code == 1
+    assert nowhere.startswith("tokentrail: PostgreSQL said no: connection failed")
+    assert nowhere.count("\n") == 1
 
     with psycopg.connect(empty_database_url) as connection:
         connection.execute("CREATE TABLE account (user_id text)")
-    strangers = tokentrail_migrate(empty_database_url)
-    assert strangers.exit_code == 1
-    assert "say so: alembic stamp 0001" in strangers.stderr
-
-    unset = tokentrail_migrate("mysql://app@127.0.0.1/none")
-    assert unset.exit_code == 2
-    assert unset.stderr.startswith("DATABASE_URL is not usable: must start with postgresql://")
-
-
-def test_status_says_what_to_do_and_fails_when_there_is_something(empty_database_url):
-    migrate(empty_database_url, "0001")
-    behind = tokentrail_migrate(empty_database_url, "status")
-    assert (behind.exit_code, behind.stderr) == (
-        1,
-        "The schema is at 0001 and this code needs 0002: run `tokentrail migrate`.\n",
+    code, _, strangers = tokentrail_migrate(empty_database_url)
+    assert code == 1
+    assert strangers == (
+        'tokentrail: relation "account" already exists, and no migration of ours made it: if these tables are '
+        "the schema before the trail, say so with `alembic stamp 0001`, and migrate again.\n"
     )
 
+    code, _, unusable = tokentrail_migrate("mysql://app@127.0.0.1/none")
+    assert code == 2
+    assert unusable.startswith("tokentrail: DATABASE_URL is not usable: must start with postgresql://")
+
+
+def test_status_says_what_to_do_and_fails_when_there_is_something(empty_database_url, tokentrail_migrate):
+    migrate(empty_database_url, "0001")
+    sentence = "tokentrail: The schema is at 0001 and this code needs 0002: run `tokentrail migrate`.\n"
+    assert tokentrail_migrate(empty_database_url, "status") == (1, "", sentence)
     migrate(empty_database_url)
-    current = tokentrail_migrate(empty_database_url, "status")
-    assert (current.exit_code, current.stdout) == (0, "The schema is at 0002, as this code needs it.\n")
+    sentence = "The schema is at 0002, as this code needs it.\n"
+    assert tokentrail_migrate(empty_database_url, "status") == (0, sentence, "")
+
+
+def test_new_asks_for_a_database_at_the_newest_revision(empty_database_url, tokentrail_migrate):
+    migrate(empty_database_url, "0001")
+    sentence = "tokentrail: Target database is not up to date.\n"
+    assert tokentrail_migrate(empty_database_url, "new", "add_nickname") == (1, "", sentence)
 
 
 def test_new_writes_the_next_revision_from_the_models(database_url, tmp_path):

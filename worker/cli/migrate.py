@@ -10,17 +10,18 @@ import psycopg
 import typer
 from alembic import command
 from alembic.util import CommandError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ProgrammingError
 
-from worker.config import ConfigError, settings
-from worker.db import alembic_config, check_schema, current_revision, known_revision, knows, migrate
-
-#: The database said no, or is not as it must be.
-DATABASE_FAILED = 1
-#: The command cannot be carried out as it was given.
-USAGE = 2
-
-_DUPLICATE_TABLE = "42P07"
+from worker.config import settings
+from worker.db import (
+    SchemaError,
+    alembic_config,
+    check_schema,
+    current_revision,
+    known_revision,
+    knows,
+    migrate,
+)
 
 app = typer.Typer(help="Bring the database's schema up to date.")
 
@@ -34,7 +35,7 @@ def deploy(
     """Bring the schema up to date: safe under load, with others at it, and again after it was killed."""
     if context.invoked_subcommand is not None:
         return
-    with _failing_in_one_sentence():
+    with _told():
         if sql:
             command.upgrade(alembic_config(), f"{since}:head", sql=True)
             return
@@ -53,7 +54,7 @@ def deploy(
 @app.command()
 def status() -> None:
     """Say which revision the schema is at; exit 1 if this code cannot work with it."""
-    with _failing_in_one_sentence(), _connected() as connection:
+    with _told(), _connected() as connection:
         typer.echo(
             check_schema(connection) or f"The schema is at {current_revision(connection)}, as this code needs it."
         )
@@ -62,7 +63,7 @@ def status() -> None:
 @app.command()
 def new(name: Annotated[str, typer.Argument(help="What it does, like add_token_audit_trail.")]) -> None:
     """Write the next revision, from how the models differ from the database. It is a draft: read its rules."""
-    with _failing_in_one_sentence():
+    with _told():
         revision = f"{int(known_revision()) + 1:04}"
         config = alembic_config(settings().database())
         script = command.revision(config, name.replace("_", " "), autogenerate=True, rev_id=revision)
@@ -79,22 +80,18 @@ def _connected() -> psycopg.Connection:
 
 
 @contextmanager
-def _failing_in_one_sentence() -> Iterator[None]:
-    """End the command with what went wrong and what to do, and without a traceback."""
+def _told() -> Iterator[None]:
+    """Let what Alembic and a stranger's tables say end as one sentence too."""
     try:
         yield
-    except ConfigError as error:
-        raise _exit(str(error), USAGE) from None
+    except SchemaError:
+        raise
     except CommandError as error:
-        raise _exit(str(error), DATABASE_FAILED) from None
-    except (DBAPIError, psycopg.Error) as error:
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        sentence = " ".join(str(cause).split())
-        if isinstance(cause, psycopg.Error) and cause.sqlstate == _DUPLICATE_TABLE:
-            sentence += "; if these tables are the schema before the trail, say so: alembic stamp 0001"
-        raise _exit(f"PostgreSQL: {sentence}", DATABASE_FAILED) from None
-
-
-def _exit(sentence: str, code: int) -> typer.Exit:
-    typer.echo(sentence, err=True)
-    return typer.Exit(code)
+        raise SchemaError(str(error)) from error
+    except ProgrammingError as error:
+        if isinstance(error.orig, psycopg.errors.DuplicateTable):
+            raise SchemaError(
+                f"{error.orig.diag.message_primary}, and no migration of ours made it: if these tables are the schema "
+                "before the trail, say so with `alembic stamp 0001`, and migrate again."
+            ) from error
+        raise
