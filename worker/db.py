@@ -109,6 +109,15 @@ def connect(url: str, settings: Settings, *, name: str = "tokentrail worker") ->
         keepalives_interval=5,
         keepalives_count=3,
     )
+    try:
+        _prepare(connection, settings)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: psycopg.Connection, settings: Settings) -> None:
     # SET after connecting, not `options`: poolers refuse start-up parameters they do not know.
     connection.execute(
         f"""
@@ -125,4 +134,3 @@ def connect(url: str, settings: Settings, *, name: str = "tokentrail worker") ->
         SET enable_mergejoin = off
         """.encode()
     )
-    return connection
