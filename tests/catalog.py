@@ -34,6 +34,11 @@ QUERIES = {
         WHERE NOT t.tgisinternal AND c.relnamespace = 'public'::regnamespace
     """,
     "function": "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'public'::regnamespace",
+    "statistics": """
+        SELECT c.relname, a.attname, array_to_string(a.attoptions, ', ')
+        FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+        WHERE c.relnamespace = 'public'::regnamespace AND a.attoptions IS NOT NULL
+    """,
     "options": """
         SELECT relname, array_to_string(reloptions, ', ') FROM pg_class
         WHERE relnamespace = 'public'::regnamespace AND reloptions IS NOT NULL
