@@ -27,7 +27,7 @@ def console(*, stderr: bool = False) -> Console:
     """Colours and bars on a terminal; plain lines, wide enough for our tables, everywhere else."""
     stream = sys.stderr if stderr else sys.stdout
     on_terminal = stream is not None and stream.isatty()
-    return Console(stderr=stderr, width=None if on_terminal else _WIDTH, highlight=False, emoji=False)
+    return Console(stderr=stderr, width=None if on_terminal else _WIDTH, highlight=False, emoji=False, markup=False)
 
 
 def tokens(amount: Decimal) -> str:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from worker import log
 from worker.cli.usage import NotReady
 from worker.config import settings
 
@@ -19,6 +18,7 @@ def api(
 ) -> None:
     """Serve the transaction history over HTTP until SIGINT or SIGTERM."""
     # Imported here: no other command shall wait for a web framework.
+    from worker import log  # noqa: PLC0415
     from worker.read.api import CannotListen, serve  # noqa: PLC0415
 
     found = settings()

@@ -149,10 +149,9 @@ class Lines:
                     errors.append(f"line {number}: {error}")
         if wrong:
             more = f"\n  and {wrong - _SHOWN_ERRORS:,} more" if wrong > _SHOWN_ERRORS else ""
+            what = "lines are no events" if wrong > 1 else "line is no event"
             listed = "\n  ".join(errors)
-            raise Misused(
-                f"Nothing was sent: {wrong:,} line{'s are' if wrong > 1 else ' is'} no event:\n  {listed}{more}"
-            )
+            raise Misused(f"Nothing was sent: {wrong:,} {what}:\n  {listed}{more}")
         if not self.count:
             raise Misused(f"{path} holds no events.")
 

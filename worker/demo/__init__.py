@@ -87,4 +87,4 @@ def _wait(connection: psycopg.Connection, economy: Economy, console: Console, ch
                     f"{economy.size - decided:,} of {economy.size:,} events have no outcome, and none was decided for"
                     f" {_PATIENCE_SECONDS:.0f} s: is a worker running? Start one with `tokentrail worker`."
                 )
-            time.sleep(0.1)
+            time.sleep(0.2)

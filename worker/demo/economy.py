@@ -65,7 +65,8 @@ class Economy:
         repeats: list[tuple[int, Delivery]] = []
         for step, delivery in enumerate(self._first_deliveries()):
             yield delivery
-            if self._random.random() < 1 / REPEATED:
+            # A bulk repeats many events at once, so it does so less often.
+            if self._random.random() < 1 / (REPEATED * (4 if delivery.bulk else 1)):
                 repeats.append((step + self._random.randint(1, 200), delivery._replace(again=True)))
             while repeats and repeats[0][0] <= step:
                 yield repeats.pop(0)[1]

@@ -1,0 +1,218 @@
+"""`tokentrail up` and `tokentrail demo` as processes: they come up, they answer, and nothing of them is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from threading import Thread
+
+import psutil
+import psycopg
+import pytest
+
+from worker.read.supply import read_supply
+
+SECONDS = 60  # how long anything may take before the test fails; nothing is measured
+
+
+class Command:
+    """A `tokentrail …` in its own process, and what it has printed."""
+
+    def __init__(self, home, *arguments):
+        environment = {**os.environ, "TOKENTRAIL_HOME": str(home)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "worker.cli", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines = []
+        self._reader = Thread(target=lambda: self.lines.extend(self.process.stdout))
+        self._reader.start()
+
+    def wait_for(self, text):
+        until(lambda: text in self.printed() or self.process.poll() is not None, self.printed)
+        assert text in self.printed(), self.printed()
+
+    def printed(self):
+        return "".join(self.lines)
+
+    def family(self):
+        """Every process of it: worker, API, Flower, guard, PostgreSQL and Valkey and their own."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait(self):
+        code = self.process.wait(SECONDS)
+        self._reader.join()
+        self.process.stdout.close()
+        return code
+
+
+def until(holds, explain=str):
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.05)
+
+
+def gone(processes):
+    return all(not each.is_running() or each.status() == psutil.STATUS_ZOMBIE for each in processes)
+
+
+def get(url):
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
+        return answer.read().decode()
+
+
+@pytest.fixture
+def tokentrail(tmp_path):
+    """`tokentrail("up")`: a running command; whatever a failing test leaves is ended."""
+    started = []
+
+    def start(*arguments):
+        started.append(Command(tmp_path, *arguments))
+        return started[-1]
+
+    yield start
+    for command in started:
+        if command.process.poll() is None:
+            left = command.family()
+            command.process.kill()
+            command.wait()
+            until(lambda left=left: gone(left))
+
+
+@pytest.fixture
+def own_servers(database_url, broker_url, monkeypatch):
+    """DATABASE_URL and BROKER_URL are set; the database's URL."""
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("BROKER_URL", broker_url)
+    return database_url
+
+
+def test_up_runs_everything_and_leaves_nothing_behind(tokentrail, tmp_path):
+    up = tokentrail("up")
+    up.wait_for("tokentrail is running")
+
+    addresses = tmp_path / "servers.json"
+    assert addresses.stat().st_mode & 0o777 == 0o600  # it holds passwords
+    urls = json.loads(addresses.read_text())
+    assert urls["api_url"] in up.printed()
+    assert urls["flower_url"] in up.printed()
+    assert get(f"{urls['api_url']}/healthz") == '{"status":"ok"}'
+    assert "Flower" in get(urls["flower_url"])
+
+    # A second terminal of the same folder finds them.
+    publish = tokentrail("publish", "--type", "accrual", "--user", "alice", "--amount", "1.50", "--source", "shop")
+    assert publish.wait() == 0, publish.printed()
+    history = f"{urls['api_url']}/api/account/transaction-history?userId=alice"
+    until(lambda: json.loads(get(history))["pagination"]["total"] == 1, up.printed)
+    shown = tokentrail("history", "alice")
+    assert shown.wait() == 0
+    assert "+1.5" in shown.printed()
+    until(lambda: "tokens.accrue" in get(f"{urls['flower_url']}/api/tasks"), up.printed)
+
+    # A second `up` of the same folder does not start.
+    second = tokentrail("up")
+    assert second.wait() == 1
+    assert second.printed() == (
+        f"tokentrail: `tokentrail up` runs here already (process {up.process.pid}): its API is at {urls['api_url']},"
+        f" Flower at {urls['flower_url']}; stop it first, or use another folder (TOKENTRAIL_HOME).\n"
+    )
+
+    # A worker that dies is started again.
+    (worker,) = (each for each in up.family() if "celeryd: worker@" in " ".join(each.cmdline()))
+    worker.kill()
+    up.wait_for("worker was killed by SIGKILL")
+    again = tokentrail("publish", "--type", "burn", "--user", "alice", "--amount", "1", "--action", "chat")
+    assert again.wait() == 0
+    until(lambda: json.loads(get(history))["pagination"]["total"] == 2, up.printed)
+
+    family = up.family()
+    assert len(family) >= 6
+    up.process.send_signal(signal.SIGINT)
+    assert up.wait() == 0
+    assert gone(family), family
+    assert "nothing is left running" in up.printed()
+    assert "Traceback" not in up.printed()
+    assert not addresses.exists()
+
+
+def test_up_that_is_killed_takes_everything_with_it_and_keeps_the_data(tokentrail, tmp_path):
+    def history():
+        url = json.loads((tmp_path / "servers.json").read_text())["api_url"]
+        return json.loads(get(f"{url}/api/account/transaction-history?userId=alice"))["pagination"]["total"]
+
+    up = tokentrail("up")
+    up.wait_for("tokentrail is running")
+    publish = tokentrail("publish", "--type", "accrual", "--user", "alice", "--amount", "1", "--source", "shop")
+    assert publish.wait() == 0
+    until(lambda: history() == 1, up.printed)
+
+    family = up.family()
+    up.process.kill()
+    up.wait()
+    until(lambda: gone(family), lambda: str(family))
+
+    # What the killed one wrote about itself misleads nobody.
+    up = tokentrail("up")
+    up.wait_for("tokentrail is running")
+    assert history() == 1
+    up.process.send_signal(signal.SIGHUP)  # the terminal was closed
+    assert up.wait() == 0
+
+
+def test_up_uses_the_servers_that_are_set_and_says_why_a_part_does_not_start(tokentrail, monkeypatch, own_servers):
+    monkeypatch.setenv("FLOWER_PERSISTENT", "nonsense")
+    up = tokentrail("up")
+    assert up.wait() == 1
+    assert "PostgreSQL and Valkey" not in up.printed()
+    assert "tokentrail: flower ended with code" in up.printed()
+    assert "nonsense" in up.printed()
+
+
+def test_demo_by_itself_runs_to_its_end(tokentrail):
+    demo = tokentrail("demo", "--events", "600", "--seed", "7")
+    assert demo.wait() == 0, demo.printed()
+    for expected in (
+        "What became of them",
+        "insufficient_tokens",
+        "delivered again",
+        "Balances",
+        "Supply",
+        "History of",
+    ):
+        assert expected in demo.printed()
+    assert "every token is accounted for" in demo.printed().splitlines()[-1]
+
+
+def test_workers_under_one_parent_are_restarted_and_the_same_run_again_moves_nothing(tokentrail, own_servers):
+    workers = tokentrail("worker", "--processes", "2", "--name", "w")
+    until(lambda: len(workers.family()) == 2, workers.printed)
+
+    demo = tokentrail("demo", "--events", "300", "--run", "twice")
+    assert demo.wait() == 0, demo.printed()
+    with psycopg.connect(own_servers) as connection:
+        before = read_supply(connection)
+
+    killed = workers.family()[0]
+    killed.kill()
+    workers.wait_for("was killed by SIGKILL")
+    demo = tokentrail("demo", "--events", "300", "--run", "twice")
+    assert demo.wait() == 0, demo.printed()
+    with psycopg.connect(own_servers) as connection:
+        assert read_supply(connection) == before
+
+    until(lambda: len(workers.family()) == 2, workers.printed)
+    family = workers.family()
+    assert killed not in family
+    workers.process.terminate()
+    assert workers.wait() == 0
+    assert gone(family)
