@@ -156,6 +156,8 @@ class Batcher:
                 break
             parts.append(self._queue.popleft())
             if suspect:
+                if not part.item.alone:
+                    self._intake.try_alone(part.item)
                 break
         return parts
 

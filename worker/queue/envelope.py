@@ -21,6 +21,9 @@ UNDECODABLE_TASK = "tokentrail.undecodable"
 #: The header that counts how often a message came back because its worker gave no sign of life.
 RESTORES_HEADER = "tokentrail_restores"
 
+#: The header that counts how often a worker died while it had the message in hand and nothing else.
+DEATHS_HEADER = "tokentrail_deaths"
+
 #: The header that says in a sentence why the bytes are not a message.
 REASON_HEADER = "tokentrail_reason"
 

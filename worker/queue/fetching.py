@@ -3,7 +3,6 @@
 Between `transport.py`, which delivers what is fetched, and `scripts.py`. It takes the place of kombu's BRPOP, after
 which a message is nowhere but in a socket until it is noted as unacknowledged.
 """
-# ruff: noqa: ANN401 - kombu's stubs leave out most of what a transport needs
 
 from __future__ import annotations
 
@@ -43,6 +42,7 @@ class Fetched(NamedTuple):
     tag: str
     raw: bytes
     restores: int
+    deaths: int  # of workers that had it in hand alone
 
 
 class FetchingChannel(ScriptedChannel):
@@ -150,7 +150,7 @@ class FetchingChannel(ScriptedChannel):
         prefix, sources = self._outstanding
         reply: list[Any] = [0]
         try:
-            reply = self.client.parse_response(connection, "EVALSHA", **options)
+            reply = self.client.parse_response(connection, "EVALSHA", **options) or reply
         except exceptions.NoScriptError:
             self._load(FETCH)
         except exceptions.ResponseError as error:
@@ -190,8 +190,8 @@ class FetchingChannel(ScriptedChannel):
 
     @staticmethod
     def _fetched(reply: list[Any], prefix: str, sources: list[Source]) -> list[Fetched]:
-        items = zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
-        return [Fetched(sources[at], f"{prefix}{n}", raw, restores) for n, (at, raw, restores) in enumerate(items, 1)]
+        items = zip(reply[1::4], reply[2::4], reply[3::4], reply[4::4], strict=True)
+        return [Fetched(sources[at], f"{prefix}{n}", *rest) for n, (at, *rest) in enumerate(items, 1)]
 
     def _deliver_all(self, fetched: list[Fetched]) -> None:
         """Hand messages to their consumers."""

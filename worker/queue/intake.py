@@ -15,7 +15,7 @@ from celery.worker.request import Request
 
 from worker.config import Settings
 from worker.ledger.outcomes import Origin
-from worker.queue.envelope import RESTORES_HEADER
+from worker.queue.envelope import DEATHS_HEADER, RESTORES_HEADER
 
 from . import undeliverable
 from .tasks import ACCRUE, APPLY_MANY, BURN, MAX_BODY, Unreadable, Work, letter_of, read_call, read_work
@@ -31,7 +31,7 @@ _LONGEST_REPR = 500
 class Item:
     """One message in hand."""
 
-    __slots__ = ("message", "name", "number", "request", "restores", "size", "uuid", "work")
+    __slots__ = ("alone", "message", "name", "number", "request", "restores", "size", "uuid", "work")
 
     def __init__(self, message: Any, number: int, work: Work, size: int) -> None:
         self.message = message
@@ -42,6 +42,7 @@ class Item:
         self.name: str = ""
         self.uuid: str = ""
         self.restores = 0
+        self.alone = 0  # attempts of this worker to decide it and nothing else
 
     @property
     def finished(self) -> bool:
@@ -77,7 +78,7 @@ class Intake:
             if "task" not in headers and (call := _protocol_1(body)) is not None:
                 headers = {**headers, **{name: call.get(name) for name in ("task", "id", "eta", "expires")}}
                 call = [call.get("args"), call.get("kwargs"), {}]
-            restores = headers.get(RESTORES_HEADER, 0)
+            restores = _count(headers, RESTORES_HEADER)
             undeliverable.check(
                 headers,
                 content_type=message.content_type,
@@ -85,7 +86,7 @@ class Intake:
                 size=len(body),
                 known=TASKS,
                 revoked=state.revoked,
-                deaths=getattr(message, "deaths_alone", 0),
+                deaths=_count(headers, DEATHS_HEADER),
             )
             call = read_call(body) if call is None else call
             _check_call(call)
@@ -122,12 +123,23 @@ class Intake:
             request.acknowledge()
             self._send("task-failed", item, exception=text, traceback=text)
 
+    def try_alone(self, item: Item, by: int = 1) -> None:
+        """Count the attempt on a suspect before it is made, for a worker that dies of it can count no more."""
+        item.alone += by
+        if count := getattr(item.message.channel.qos, "count_alone", None):
+            try:
+                count(item.message.delivery_tag, by)
+            except Exception as error:  # noqa: BLE001 - Redis may be away: one attempt goes uncounted
+                log.warning("could not count an attempt on a suspicious message", reason=str(error))
+
     def give_back(self, items: list[Item]) -> None:
         """Put messages back where they came from, in this order, uncounted."""
         by_channel: dict[int, list[Item]] = {}
         for item in items:
             if item.request is not None:
                 state.task_ready(item.request)
+            if item.alone:
+                self.try_alone(item, -item.alone)
             by_channel.setdefault(id(item.message.channel), []).append(item)
         for group in by_channel.values():
             qos = group[0].message.channel.qos
@@ -221,6 +233,12 @@ def _protocol_1(body: bytes) -> dict[str, Any] | None:
     """The call of a message of Celery's first protocol, which has all in its body; None when it is no such message."""
     call = read_call(body)
     return call if isinstance(call, dict) and "task" in call else None
+
+
+def _count(headers: dict[str, Any], name: str) -> int:
+    """What our transport counted; with kombu's own a producer may have said anything."""
+    value = headers.get(name)
+    return value if isinstance(value, int) else 0
 
 
 def _text(value: object) -> str | None:

@@ -4,7 +4,7 @@ Below `transport.py`: kombu's poller, with acknowledgements before each fetch, a
 """
 
 # mypy: disallow-subclassing-any=False
-# ruff: noqa: ANN401, SLF001 - kombu's stubs leave out most of what a transport needs
+# ruff: noqa: SLF001 - kombu's stubs leave out most of what a transport needs
 
 from __future__ import annotations
 

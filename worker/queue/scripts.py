@@ -5,7 +5,6 @@ move what is there, and a worker that could not fetch or acknowledge would keep 
 or Valkey.
 """
 # mypy: disallow-subclassing-any=False
-# ruff: noqa: ANN401 - kombu's stubs leave out most of what a transport needs
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ class ScriptedChannel(stock.Channel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         client = self.connection.client
-        broker = tuple(sorted(client.alt)) or client.as_uri()
+        broker = tuple(sorted(client.alt)) or (client.hostname, client.port)  # sorted: kombu moves on from host to host
         self.acknowledgements = Acknowledgements.of((broker, client.virtual_host, self._key(self.unacked_key)))
 
     def flush_acknowledgements(self) -> None:

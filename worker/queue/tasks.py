@@ -96,8 +96,8 @@ def read_work(task: str, args: object, kwargs: object, origin: Origin, *, max_am
     Raises Unreadable when the call as a whole has other arguments than the task.
     """
     if args not in ([], (), None):
-        raise Unreadable("invalid_arguments", f"{task} takes keyword arguments only: the event's fields.")
-    if not isinstance(kwargs, Mapping):
+        raise Unreadable("invalid_arguments", f"{task} takes keyword arguments and no others.")
+if not isinstance(kwargs, Mapping):
         raise Unreadable("invalid_arguments", f"{task} takes keyword arguments as a JSON object.")
     if isinstance(kwargs, DuplicateKeys):
         raise Unreadable("invalid_arguments", f"The keyword argument {kwargs.name[:40]!a} stands twice.")

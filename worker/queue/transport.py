@@ -7,7 +7,7 @@ private member of kombu that this leans on. `register()` makes it what redis://,
 """
 
 # mypy: disallow-subclassing-any=False
-# ruff: noqa: ANN401, SLF001 - kombu's stubs leave out most of what a transport needs
+# ruff: noqa: SLF001 - kombu's stubs leave out most of what a transport needs
 
 from __future__ import annotations
 
@@ -103,13 +103,15 @@ class Channel(FetchingChannel):
         payload["properties"]["delivery_tag"] = item.tag
         if item.restores:
             payload["headers"][envelope.RESTORES_HEADER] = item.restores
+            payload["headers"][envelope.DEATHS_HEADER] = item.deaths
             payload["headers"]["redelivered"] = True
             payload["properties"]["delivery_info"]["redelivered"] = True
             if item.source.closing:
                 fingerprint = hashlib.sha1(item.raw, usedforsecurity=False).hexdigest()
                 self.qos.remember_restored(item.tag, fingerprint)
         else:
-            payload["headers"].pop(envelope.RESTORES_HEADER, None)  # ours to say, not a producer's
+            for ours in (envelope.RESTORES_HEADER, envelope.DEATHS_HEADER):
+                payload["headers"].pop(ours, None)  # not a producer's to say
         return self.Message(payload, channel=self)
 
     def _shield(self, item: Fetched, text: str) -> None:

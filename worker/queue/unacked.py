@@ -5,7 +5,6 @@ message is a record in the hash `unacked` and a time in the sorted set `unacked_
 """
 
 # mypy: disallow-subclassing-any=False
-# ruff: noqa: ANN401 - kombu's stubs leave out most of what a transport needs
 
 from __future__ import annotations
 
@@ -30,6 +29,10 @@ RESTORES_PER_CALL = 500
 
 #: So many calls of the restore script at most in one sweep: the loop has other things to do.
 RESTORE_CALLS_PER_SWEEP = 20
+
+
+#: Where `unacked_restores` counts the times that a message was taken in hand alone, before its sha1.
+ALONE = "alone:"
 
 
 class Acknowledgements:
@@ -64,7 +67,7 @@ class Acknowledgements:
             tags = [tag for tag, _ in batch]
             fingerprints = [fingerprint for _, fingerprint in batch if fingerprint]
             try:
-                acknowledge([str(len(tags)), *tags, *fingerprints])
+                acknowledge([str(len(tags)), *tags, *fingerprints, *map(ALONE.__add__, fingerprints)])
             except BaseException:
                 self._waiting.extendleft(reversed(batch))
                 raise
@@ -77,7 +80,6 @@ class QoS(stock.QoS):
         self._aside: set[str] = set()
         self._fingerprints: dict[str, str] = {}
         self._touch_due = 0.0
-        self._restore_due = 0.0
         super().__init__(channel, prefetch_count)
 
     # Prefetch
@@ -115,6 +117,15 @@ class QoS(stock.QoS):
     def remember_restored(self, tag: str, fingerprint: str) -> None:
         """Note the sha1 under which this message's restores are counted, so that its acknowledgement ends the count."""
         self._fingerprints[tag] = fingerprint
+
+    def count_alone(self, tag: str, by: int) -> None:
+        """Count that a restored message is taken in hand alone (1), or given back by a worker that lives (-1).
+
+        What was counted and never taken back or acknowledged is a death. Raises when Redis does.
+        """
+        if fingerprint := self._fingerprints.get(tag):
+            with self.channel.conn_or_acquire() as client:
+                client.hincrby(self.channel.unacked_restores_key, ALONE + fingerprint, by)
 
     def ack(self, delivery_tag: str) -> None:
         """Forget a message for good: at the next tick of the loop in Redis, at once for prefetch."""
@@ -170,12 +181,11 @@ class QoS(stock.QoS):
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:  # noqa: ARG002
         """Put back what no worker gave a sign of life for, oldest first, and count it against each message.
 
-        Does so every `unacked_restore_interval` * `interval` seconds however often it is called.
+        Does so at every `interval`th call, as kombu's own, which is called every `unacked_restore_interval` seconds.
         """
-        if monotonic() < self._restore_due:
+        self._vrestore_count += 1
+        if (self._vrestore_count - 1) % (interval or 1):
             return
-        # 0.9: a timer that is a moment early must not have to come twice.
-        self._restore_due = monotonic() + 0.9 * self.channel.unacked_restore_interval * (interval or 1)
         most = RESTORES_PER_CALL
         for _ in range(RESTORE_CALLS_PER_SWEEP):
             restored, stuck, more = self.channel.restore([str(self.visibility_timeout), str(most)])

@@ -4,7 +4,8 @@
 -- KEYS: unacked, unacked_index, unacked_restores, then the lists in the order in which they are served.
 -- ARGV: most messages, most bytes (the first message may exceed them), prefix of this fetch's tags, then for
 --       each list what closes its records, or '' where nobody will acknowledge and nothing is to be recorded.
--- Returns whether a limit ended it (1 or 0), then for each message: list (from 0), bytes, how often restored.
+-- Returns whether a limit ended it (1 or 0), then for each message: list (from 0), bytes, how often restored, and how
+-- often its worker died while it was in hand alone.
 local unacked, index, restores = KEYS[1], KEYS[2], KEYS[3]
 local left, room, prefix = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local clock = redis.call('TIME')
@@ -30,10 +31,13 @@ for list = 4, #KEYS do
       local tag = prefix .. taken
       records[2 * took - 1], records[2 * took] = tag, '[' .. item .. closing
       scores[2 * took - 1], scores[2 * took] = now + taken / 1000000, tag -- microseconds keep the order
-      local found = counted and redis.call('HGET', restores, redis.sha1hex(item))
+      local name = counted and redis.sha1hex(item)
+      local found = counted and redis.call('HGET', restores, name)
+      local alone = found and redis.call('HGET', restores, 'alone:' .. name)
       out[#out + 1] = list - 4
       out[#out + 1] = item
       out[#out + 1] = found and tonumber(found) or 0
+      out[#out + 1] = alone and tonumber(alone) or 0
     end
     if took > 0 then
       if closing ~= '' then -- recorded first: should this fail, the list is as it was
