@@ -91,13 +91,13 @@ def read_call(body: bytes) -> Any:
 
 
 def read_work(task: str, args: object, kwargs: object, origin: Origin, *, max_amount: int, final: bool = True) -> Work:
-    """What a call of one of our tasks asks for. `final`: whether burns that meet too small a balance are refused at once.
+    """What a call of one of our tasks asks for; `final`: whether too small a balance is a burn's answer at once.
 
     Raises Unreadable when the call as a whole has other arguments than the task.
     """
     if args not in ([], (), None):
-        raise Unreadable("invalid_arguments", f"{task} takes keyword arguments and no others.")
-if not isinstance(kwargs, Mapping):
+        raise Unreadable("invalid_arguments", f"{task} takes keyword arguments only, the event's fields.")
+    if not isinstance(kwargs, Mapping):
         raise Unreadable("invalid_arguments", f"{task} takes keyword arguments as a JSON object.")
     if isinstance(kwargs, DuplicateKeys):
         raise Unreadable("invalid_arguments", f"The keyword argument {kwargs.name[:40]!a} stands twice.")
