@@ -189,7 +189,9 @@ class Family:
         for child in group:
             if child.running:
                 if say:
-                    say(f"{child.name} has not ended by itself and is killed.")
+                    say(
+                        f"{child.name} is killed: {'asked twice to stop' if self.hurried else 'it has not ended by itself'}."
+                    )
                 child.signal(signal.SIGKILL)
             if child.process is not None:
                 child.process.wait()

@@ -248,7 +248,7 @@ class _Running:
         try:
             self._console.print(text, soft_wrap=True)
             self._console.file.flush()
-        except OSError:  # whoever read us has gone: stop in order, and say no more
+        except (OSError, SystemExit):  # whoever read us has gone (rich would exit then): stop in order, say no more
             self._family.stopping += 1
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

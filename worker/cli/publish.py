@@ -76,7 +76,7 @@ def publish(
         raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
     with publisher:
         if events is not None:
-            _publish_file(publisher, events, bulk=bulk, found=found)
+            _publish_file(publisher, events, found, bulk=bulk, lanes=lanes)
         elif single is not None:
             _publish_one(publisher, single)
 
@@ -102,7 +102,7 @@ def _publish_one(publisher: Publisher, event: Event) -> None:
     typer.echo(f"Published {event.type} with the key {event.idempotency_key} (message {message_id}).")
 
 
-def _publish_file(publisher: Publisher, events: Lines, *, bulk: bool, found: Settings) -> None:
+def _publish_file(publisher: Publisher, events: Lines, found: Settings, *, bulk: bool, lanes: int) -> None:
     err = console(stderr=True)
     columns = (TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
@@ -122,7 +122,8 @@ def _publish_file(publisher: Publisher, events: Lines, *, bulk: bool, found: Set
                 ) from error
             sent += len(run)
             progress.update(task, completed=sent)
-    typer.echo(f"Published {sent:,} events to the queue {found.queue}.")
+    where = f"{lanes} lanes of the queue" if lanes else "the queue"
+    typer.echo(f"Published {sent:,} events to {where} {found.queue}.")
 
 
 class Lines:
