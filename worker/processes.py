@@ -189,9 +189,8 @@ class Family:
         for child in group:
             if child.running:
                 if say:
-                    say(
-                        f"{child.name} is killed: {'asked twice to stop' if self.hurried else 'it has not ended by itself'}."
-                    )
+                    why = "it was asked twice to stop" if self.hurried else "it has not ended by itself"
+                    say(f"{child.name} is killed: {why}.")
                 child.signal(signal.SIGKILL)
             if child.process is not None:
                 child.process.wait()
