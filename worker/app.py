@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from celery import Celery
-from celery.signals import celeryd_init
+from celery.exceptions import CPendingDeprecationWarning
+from celery.signals import celeryd_init, setup_logging
 
+from worker import log
 from worker.config import settings
 from worker.ledger.outcomes import Origin
 from worker.ledger.settle import Ledger
@@ -22,9 +25,11 @@ app.conf.update(
     broker_transport_options={
         # Redelivery after a worker's death; the living refresh their claim three times as often.
         "visibility_timeout": settings().visibility_timeout,
-        # Look for the dead every 5 s; stock looks every 100 s.
-        "unacked_restore_interval": 5,
+        # Look for the dead every 5 s, or twice in a shorter timeout; stock looks every 100 s.
+        "unacked_restore_interval": min(5, settings().visibility_timeout / 2),
         "unacked_restore_throttle": 1,
+        # Stock only: whoever is killed while it looks keeps the others from it for so long; 300 if not set.
+        "unacked_mutex_expire": 30,
         # Notice a connection that has gone silent.
         "health_check_interval": 10,
         "socket_timeout": 15,
@@ -41,6 +46,16 @@ def _use_our_transport(**_: Any) -> None:
     """In workers only: Flower reads queue lengths through the stock transport, on the same keys."""
     if settings().transport == "atomic":
         transport.register()
+
+
+@setup_logging.connect
+def _log_our_way(**_: Any) -> None:
+    """Celery's lines in the form of ours."""
+    log.set_up(settings())
+
+
+# It asks, at every lost connection, for a setting that celeryconfig.py gives a reason for.
+warnings.filterwarnings("ignore", category=CPendingDeprecationWarning, module="celery.worker.consumer")
 
 
 def _apply(task: str, kwargs: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ class ConfigError(Exception):
 class Settings(BaseSettings):
     """What can be set, with the environment variable `TOKENTRAIL_<NAME>` unless another is named."""
 
-    model_config = SettingsConfigDict(env_prefix="TOKENTRAIL_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="TOKENTRAIL_", frozen=True, extra="ignore", env_ignore_empty=True)
 
     database_url: SecretStr | None = Field(
         None,
@@ -49,7 +49,7 @@ class Settings(BaseSettings):
         2.0, description="Seconds a burn that meets too small a balance waits for its accrual."
     )
     visibility_timeout: Annotated[int, Field(ge=1, le=86_400)] = Field(
-        120,
+        30,
         description="Seconds without a sign of life after which a worker's messages go back to the queue.",
     )
     lock_timeout: Annotated[float, Field(gt=0, le=60)] = Field(
@@ -105,9 +105,13 @@ class Settings(BaseSettings):
 def _running_servers() -> dict[str, Any]:
     """The addresses that a running `tokentrail up` of this folder has written, else nothing."""
     try:
-        return dict(json.loads((HOME / "servers.json").read_text()))
-    except (OSError, ValueError):
+        found = dict(json.loads((HOME / "servers.json").read_text()))
+        os.kill(found["pid"], 0)  # of one that was killed, the addresses are nobody's
+    except PermissionError:
+        return found  # it runs, as another user
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
+    return found
 
 
 @lru_cache(maxsize=1)
