@@ -2,6 +2,7 @@
 
     canonical.py  JSON as one exact text, numbers as Decimal
     events.py     accruals and burns: what a producer may say
+    reasons.py    the closed lists of why an event was not applied
     tables.py     what PostgreSQL holds, constraints included
     answers.py    what the read endpoint answers
     publisher.py  how a Python producer sends events

@@ -8,6 +8,7 @@ the exception. Constraint names come from NAMING; a test holds models, migration
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, ClassVar, Final
@@ -32,6 +33,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from .reasons import DEAD_LETTER_REASONS, REJECTION_REASONS
+
 NAMING: Final = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -49,32 +52,13 @@ Sum: Final = Numeric()
 #: Keys compare byte by byte: the same order and the same equality on every server and in Python.
 Key: Final = Text(collation="C")
 
-#: Why an event is refused for good; the order of `worker.ledger.rules`.
-REJECTION_REASONS: Final = ("insufficient_tokens", "balance_limit")
-
-#: Why a message has no outcome.
-DEAD_LETTER_REASONS: Final = (
-    "unknown_task",  # no task of ours has this name
-    "undecodable",  # body, content type or encoding cannot be read
-    "invalid_arguments",  # the task was called with other arguments than it has
-    "invalid_event",  # a field breaks its rule
-    "conflict",  # the idempotency key stands for another event
-    "refused_by_database",  # PostgreSQL refused this event alone (class 22, class 23, 54001)
-    "internal_error",  # our own code failed on this event alone: a bug to report, and to replay once mended
-    "poison",  # workers died of it
-    "oversized",  # larger than a message may be
-    "revoked",
-    "expired",
-    "scheduled",  # an eta or countdown: the ledger does not wait by the clock
-)
-
 DEAD_LETTER_STATES: Final = ("open", "replayed", "discarded")
 
 #: Audit tables: the database refuses UPDATE, DELETE and TRUNCATE of their rows.
 APPEND_ONLY: Final = ("transaction_record", "accrual_record", "burned_credit", "rejected_event")
 
 
-def _one_of(column: str, values: tuple[str, ...]) -> str:
+def _one_of(column: str, values: Iterable[str]) -> str:
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
 
 

@@ -13,6 +13,7 @@ from psycopg import Connection, Cursor
 
 from schema.canonical import plain_number
 from schema.events import Accrual, Event
+from schema.reasons import DeadLetterReason
 
 from . import chain, dead_letters, store
 from .dead_letters import Letter
@@ -196,7 +197,7 @@ class _Batch:
     def _flow(self, moment: datetime) -> Flow:
         return self.flows[moment.replace(minute=0, second=0, microsecond=0)]
 
-    def _dead(self, delivery: Delivery, reason: str, detail: str) -> DeadLettered:
+    def _dead(self, delivery: Delivery, reason: DeadLetterReason, detail: str) -> DeadLettered:
         self.letters.append(Letter.of_event(reason, detail, delivery.event, delivery.origin))
         return DeadLettered(reason, detail)
 

@@ -8,20 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from psycopg import Cursor
 
-from schema.events import Event, event_json
+from schema.canonical import read_json
+from schema.events import Event, InvalidEvent, event_json, parse_event
+from schema.reasons import DeadLetterReason
 
 from .outcomes import Origin
+from .rules import BALANCE_LIMIT
+
+#: No amount is larger, whatever the setting says now.
+MOST_TOKENS: Final = int(BALANCE_LIMIT)
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
     """A message, or one event of a bulk message, that could not be decided, and why."""
 
-    reason: str
+    reason: DeadLetterReason
     detail: str  # one sentence
     origin: Origin
     user_id: str | None = None
@@ -29,7 +35,7 @@ class Letter:
     event: str | None = None  # JSON text, where the message parses
 
     @classmethod
-    def of_event(cls, reason: str, detail: str, event: Event, origin: Origin) -> Letter:
+    def of_event(cls, reason: DeadLetterReason, detail: str, event: Event, origin: Origin) -> Letter:
         """A letter for an event that parsed."""
         return cls(reason, detail, origin, event.user_id, event.idempotency_key, event_json(event))
 
@@ -51,10 +57,11 @@ def _digest(body: bytes) -> bytes:
 
 
 def keep(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None = None) -> None:
-    """Write the letters down; one that is there already counts the delivery.
+    """Write the letters down; one that is there already counts the delivery, and is open again if it was replayed.
 
     Rows are taken in order of fingerprint, so that two batches with the same letters do not deadlock.
     """
+    letters = _reopen(cursor, letters, now)
     distinct: dict[bytes, Letter] = {}
     count: dict[bytes, int] = {}
     for letter in letters:
@@ -74,7 +81,10 @@ def keep(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None = 
         ORDER BY 1
         ON CONFLICT (fingerprint) DO UPDATE SET
             deliveries = kept.deliveries + excluded.deliveries,
-            last_seen_at = greatest(kept.last_seen_at, excluded.last_seen_at)
+            last_seen_at = greatest(kept.last_seen_at, excluded.last_seen_at),
+            reason = CASE kept.state WHEN 'replayed' THEN excluded.reason ELSE kept.reason END,
+            detail = CASE kept.state WHEN 'replayed' THEN excluded.detail ELSE kept.detail END,
+            state = CASE kept.state WHEN 'replayed' THEN 'open' ELSE kept.state END
         """,
         {
             "now": now,
@@ -92,6 +102,62 @@ def keep(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None = 
             "deliveries": [count[fingerprint] for fingerprint, _ in rows],
         },
     )
+
+
+def _reopen(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None) -> list[Letter]:
+    """Open the rows again whose replays came to nothing; the letters that no row stands for are left to write.
+
+    A message says itself whose replay it is, so it is believed only if the row holds the very same event: else what
+    this one holds would be lost.
+    """
+    numbers = sorted({letter.origin.replay_of for letter in letters if letter.origin.replay_of is not None})
+    if not numbers:
+        return list(letters)
+    cursor.execute(
+        """
+        SELECT id, event::text FROM dead_letter
+        WHERE id = ANY(%s) AND state <> 'discarded'
+        ORDER BY id FOR UPDATE
+        """,
+        (numbers,),
+    )
+    events = {number: _content(event) for number, event in cursor}
+    left: list[Letter] = []
+    failed: dict[int, list[Letter]] = {}
+    for letter in letters:
+        number = letter.origin.replay_of
+        if number is None or letter.event is None or events.get(number) != _content(letter.event):
+            left.append(letter)
+        else:
+            failed.setdefault(number, []).append(letter)
+    cursor.execute(
+        """
+        UPDATE dead_letter AS kept SET state = 'open', reason = x.reason, detail = x.detail,
+            deliveries = kept.deliveries + x.deliveries,
+            last_seen_at = greatest(kept.last_seen_at, coalesce(%(now)s, clock_timestamp()))
+        FROM unnest(%(id)s::bigint[], %(reason)s::text[], %(detail)s::text[], %(deliveries)s::bigint[])
+            AS x (id, reason, detail, deliveries)
+        WHERE kept.id = x.id
+        """,
+        {
+            "now": now,
+            "id": list(failed),
+            "reason": [letters[-1].reason for letters in failed.values()],
+            "detail": [_storable(letters[-1].detail) for letters in failed.values()],
+            "deliveries": [len(letters) for letters in failed.values()],
+        },
+    )
+    return left
+
+
+def _content(event: str | None) -> Event | str | None:
+    """What an event says, however it is spelled; its text where it is none."""
+    if event is None:
+        return None
+    try:
+        return parse_event(read_json(event), max_amount=MOST_TOKENS)
+    except InvalidEvent:
+        return event
 
 
 def _bodies(letters: Sequence[Letter]) -> list[bytes | None]:

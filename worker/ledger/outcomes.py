@@ -21,6 +21,7 @@ class Origin(NamedTuple):
     body: bytes = b""
     headers: Mapping[str, Any] | None = None
     event_index: int | None = None  # place in a bulk message
+    replay_of: int | None = None  # the dead letter it says it is a replay of: a hint, for anyone can say so
 
     def at(self, index: int) -> Origin:
         """The same message, at its event `index`."""

@@ -15,6 +15,7 @@ from typing import Any, Final
 import psycopg
 import structlog
 
+from schema.reasons import DeadLetterReason
 from worker.config import Settings
 from worker.db import connect
 
@@ -192,7 +193,7 @@ class _Settlement:
             # The letter itself cannot be written: a bug of ours, and the message must not be lost over it.
             raise SuspiciousBatch(1, f"a dead letter ({letters[0].reason if letters else 'none'}): {_sentence(error)}")
         delivery = deliveries[0]
-        reason = "refused_by_database" if isinstance(error, psycopg.Error) else "internal_error"
+        reason: DeadLetterReason = "refused_by_database" if isinstance(error, psycopg.Error) else "internal_error"
         detail = _sentence(error)
         self._culprits.append(Letter.of_event(reason, detail, delivery.event, delivery.origin))
         if len(self._culprits) > MAX_CULPRITS:

@@ -18,11 +18,26 @@ from worker.ledger.outcomes import Origin
 from worker.queue.envelope import DEATHS_HEADER, RESTORES_HEADER
 
 from . import undeliverable
-from .tasks import ACCRUE, APPLY_MANY, BURN, MAX_BODY, Unreadable, Work, letter_of, read_call, read_work
+from .tasks import (
+    ACCRUE,
+    APPLY_MANY,
+    BURN,
+    MAX_BODY,
+    REPLAY_HEADER,
+    TYPES,
+    Unreadable,
+    Work,
+    letter_of,
+    read_call,
+    read_work,
+)
 
 log = structlog.get_logger(__name__)
 
 TASKS = frozenset({ACCRUE, BURN, APPLY_MANY})
+
+#: Bytes of a body that is still looked into when it killed workers: reading so little of it cannot be what did.
+_HARMLESS = 64 * 1024
 
 #: Characters of arguments that events carry.
 _LONGEST_REPR = 500
@@ -157,8 +172,11 @@ class Intake:
     def _refused(self, message: Any, headers: dict[str, Any], body: bytes, call: Any, no: Unreadable) -> Item:
         """An item that is nothing but a dead letter."""
         work = Work(bulk=False)
+        if call is None and no.reason not in {"undecodable", "oversized"}:
+            call = _glance(body, MAX_BODY if no.reason != "poison" else _HARMLESS)
         kwargs = call[1] if isinstance(call, list) and len(call) > 1 else None
-        letter = letter_of(kwargs, no.reason, no.sentence, self._origin(message, headers, body))
+        origin = self._origin(message, headers, body)
+        letter = letter_of(kwargs, no.reason, no.sentence, origin, type_=TYPES.get(origin.task or ""))
         work.refuse(letter)
         log.info("message kept as a dead letter", reason=no.reason, detail=no.sentence, task=letter.origin.task)
         item = self._item(message, headers, work, len(body))
@@ -178,7 +196,14 @@ class Intake:
             "content_encoding": message.content_encoding,
             "routing_key": (message.delivery_info or {}).get("routing_key"),
         }
-        return Origin(_text(headers.get("task")), _text(headers.get("id")), body[:MAX_BODY], kept)
+        replay_of = headers.get(REPLAY_HEADER)
+        return Origin(
+            _text(headers.get("task")),
+            _text(headers.get("id")),
+            body[:MAX_BODY],
+            kept,
+            replay_of=replay_of if type(replay_of) is int and 0 < replay_of < 1 << 63 else None,
+        )
 
     def _request(self, message: Any, headers: dict[str, Any], call: list[Any]) -> Request | None:
         """Celery's view of the message; None where its headers do not allow for one."""
@@ -227,6 +252,14 @@ class Intake:
 def _check_call(call: object) -> None:
     if not isinstance(call, list) or len(call) != 3:  # noqa: PLR2004 - args, kwargs, embed
         raise Unreadable("undecodable", "The body is not a call: a list of args, kwargs and options.")
+
+
+def _glance(body: bytes, most: int) -> Any:
+    """The call of a message that is refused unread, so that its letter is filed under user and key; None if none."""
+    try:
+        return read_call(body) if len(body) <= most else None
+    except Unreadable:
+        return None
 
 
 def _protocol_1(body: bytes) -> dict[str, Any] | None:

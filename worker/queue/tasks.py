@@ -12,14 +12,19 @@ from typing import Any, Final
 
 from schema.canonical import DuplicateKeys, NotCanonical, read_json, write_json
 from schema.events import MAX_EVENTS, InvalidEvent, parse_event
-from worker.ledger.dead_letters import Letter
+from schema.reasons import DeadLetterReason
+from worker.ledger.dead_letters import MOST_TOKENS, Letter
 from worker.ledger.outcomes import Applied, DeadLettered, Delivery, Origin, Outcome, Rejected
 
 ACCRUE: Final = "tokens.accrue"
 BURN: Final = "tokens.burn"
 APPLY_MANY: Final = "tokens.apply_many"
 
-_TYPES: Final = {ACCRUE: "accrual", BURN: "burn"}
+#: Task → the type of the one event that its arguments are.
+TYPES: Final = {ACCRUE: "accrual", BURN: "burn"}
+
+#: The header of a message that replays a dead letter: the letter's number.
+REPLAY_HEADER: Final = "tokentrail_dead_letter"
 
 #: Bytes of a message's body.
 MAX_BODY: Final = 16 * 1024 * 1024
@@ -31,7 +36,7 @@ _LONGEST_KEY: Final = 200
 class Unreadable(Exception):
     """A message cannot be taken as what its task's name says: `reason` is a dead letter's, the text its sentence."""
 
-    def __init__(self, reason: str, sentence: str) -> None:
+    def __init__(self, reason: DeadLetterReason, sentence: str) -> None:
         super().__init__(reason, sentence)
         self.reason = reason
         self.sentence = sentence
@@ -77,7 +82,9 @@ class Work:
             "dead-lettered": sum(isinstance(outcome, DeadLettered) for outcome in self.outcomes),
         }
         text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        return counts["dead-lettered"] < len(self.outcomes), text
+        if counts["dead-lettered"] < len(self.outcomes):
+            return True, text
+        return False, f"{text}, the first: {self.outcomes[0]}"
 
 
 def read_call(body: bytes) -> Any:
@@ -104,7 +111,7 @@ def read_work(task: str, args: object, kwargs: object, origin: Origin, *, max_am
     if task == APPLY_MANY:
         return _read_many(kwargs, origin, max_amount, final=final)
     work = Work(bulk=False)
-    _read_event(work, kwargs, _TYPES[task], origin, max_amount, final=final)
+    _read_event(work, kwargs, TYPES[task], origin, max_amount, final=final)
     return work
 
 
@@ -124,14 +131,24 @@ def _read_event(work: Work, data: object, type_: str | None, origin: Origin, max
     try:
         event = parse_event(data, type_=type_, max_amount=max_amount)
     except InvalidEvent as no:
-        work.refuse(letter_of(data, "invalid_event", str(no), origin))
+        work.refuse(letter_of(data, "invalid_event", str(no), origin, type_=type_))
     else:
         work.deliver(Delivery.of(event, origin, final=final))
 
 
-def letter_of(data: object, reason: str, detail: str, origin: Origin) -> Letter:
-    """A letter for what is not an event, filed under user and key where they can be made out."""
-    fields: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
+def letter_of(
+    data: object, reason: DeadLetterReason, detail: str, origin: Origin, *, type_: str | None = None
+) -> Letter:
+    """A letter for an event that is not decided, filed under user and key where they can be made out.
+
+    `type_` is what the task's name says of the event; a letter keeps it in the event, so as to be replayed by itself.
+    """
+    try:
+        return Letter.of_event(reason, detail, parse_event(data, type_=type_, max_amount=MOST_TOKENS), origin)
+    except InvalidEvent:
+        fields: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
+    if type_ is not None and isinstance(data, Mapping) and "type" not in data and not isinstance(data, DuplicateKeys):
+        data = {**data, "type": type_}
     return Letter(
         reason,
         detail,

@@ -43,7 +43,8 @@ def check(
         raise Unreadable("undecodable", f"The content type is {_shown(content_type)}; only application/json is read.")
     if not isinstance(content_encoding, str) or content_encoding.lower() not in _ENCODINGS:
         raise Unreadable("undecodable", f"The content encoding is {_shown(content_encoding)}; only utf-8 is read.")
-    if headers.get("id") in revoked:
+    identity = headers.get("id")
+    if isinstance(identity, str) and identity in revoked:  # any JSON may stand there, and a list has no hash
         raise Unreadable("revoked", "The task was revoked before it was decided.")
     _check_times(headers)
 
