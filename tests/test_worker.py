@@ -1,0 +1,333 @@
+"""A real worker between a real Redis and a real PostgreSQL: what becomes of messages, and what Flower sees of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+import redis
+from brokers import eventually
+from celery import Celery
+from celery.events import EventReceiver
+
+from schema.events import Accrual, Burn
+from schema.publisher import Publisher
+from worker.cli.worker import CELERY
+from worker.db import ROOT
+from worker.ledger.apply import apply_batch
+from worker.ledger.invariants import check
+from worker.ledger.outcomes import Delivery
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Stage:
+    """One test's database, broker and workers."""
+
+    def __init__(self, database_url: str, broker_url: str, folder: Any) -> None:
+        self.database_url = database_url
+        self.broker_url = broker_url
+        self.publisher = Publisher(broker_url)
+        self.redis = redis.Redis.from_url(broker_url)
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self._folder = folder
+
+    def start(self, *arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
+        environment = {f"TOKENTRAIL_{name.upper()}": str(value) for name, value in settings.items()}
+        log = self._folder / f"worker-{len(self.workers)}.log"
+        with log.open("wb") as output:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", *CELERY, "-l", "INFO", "-n", f"w{len(self.workers)}@test", *arguments],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "DATABASE_URL": self.database_url,
+                    "BROKER_URL": self.broker_url,
+                    **environment,
+                },
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self.workers.append(worker)
+        eventually(lambda: " ready." in log.read_text() or worker.poll() is not None, 60)
+        assert worker.poll() is None, log.read_text()
+        return worker
+
+    def log(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self._folder.glob("*.log")))
+
+    def rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.database_url, autocommit=True) as connection:
+            return connection.execute(query, parameters).fetchall()
+
+    def count(self, table: str) -> int:
+        return int(self.rows(f"SELECT count(*) FROM {table}")[0][0])
+
+    def balance(self, user_id: str) -> Decimal | None:
+        rows = self.rows("SELECT balance FROM account WHERE user_id = %s", user_id)
+        return rows[0][0] if rows else None
+
+    def in_redis(self) -> int:
+        return self.redis.llen("tokens") + self.redis.hlen("unacked") + self.redis.zcard("unacked_index")
+
+    def broken(self) -> list[str]:
+        with psycopg.connect(self.database_url, autocommit=True) as connection:
+            return [broken.sentence for broken in check(connection)]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.wait()
+        self.publisher.close()
+        self.redis.close()
+
+
+@pytest.fixture
+def stage(database_url, broker_url, tmp_path) -> Iterator[Stage]:
+    stage = Stage(database_url, broker_url, tmp_path)
+    yield stage
+    stage.close()
+
+
+def accrual(user: str, amount: object, key: str) -> Accrual:
+    return Accrual(user_id=user, amount=amount, idempotency_key=key, source="test")  # type: ignore[arg-type]
+
+
+def burn(user: str, amount: object, key: str) -> Burn:
+    return Burn(user_id=user, amount=amount, idempotency_key=key, action="test")  # type: ignore[arg-type]
+
+
+class Watcher:
+    """What Flower sees: every task event, by task id."""
+
+    def __init__(self, broker_url: str) -> None:
+        self.events: dict[str, list[dict[str, Any]]] = {}
+        self._connection = Celery(broker=broker_url).connection_for_read()
+        self._receiver = EventReceiver(self._connection, handlers={"*": self._note})
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self._receiver.capture(limit=None, timeout=0.2, wakeup=False)
+            except TimeoutError:
+                continue
+
+    def _note(self, event: dict[str, Any]) -> None:
+        if event["type"].startswith("task-"):
+            self.events.setdefault(event["uuid"], []).append(event)
+
+    def last(self, task_id: str, field: str) -> Any:
+        return self.events.get(task_id, [{}])[-1].get(field)
+
+    def types(self, task_id: str) -> list[str]:
+        return [event["type"] for event in self.events.get(task_id, [])]
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join(10)
+        self._connection.release()
+
+
+@pytest.fixture
+def watcher(broker_url) -> Iterator[Watcher]:
+    watcher = Watcher(broker_url)
+    yield watcher
+    watcher.close()
+
+
+def test_each_single_event_shows_in_flower_with_arguments_success_and_its_result(stage, watcher):
+    stage.start()
+
+    ids = stage.publisher.publish(accrual("ann", "10", "a1")), stage.publisher.publish(accrual("ann", 5, "a2"))
+    eventually(lambda: all("task-succeeded" in watcher.types(task_id) for task_id in ids))
+
+    assert [watcher.types(task_id) for task_id in ids] == [["task-received", "task-started", "task-succeeded"]] * 2
+    assert [watcher.last(task_id, "result") for task_id in ids] == ["applied #1: 0 → 10", "applied #2: 10 → 15"]
+    assert "ann" in watcher.events[ids[0]][0]["kwargs"]
+    assert stage.in_redis() == 0
+
+
+def test_a_repeated_delivery_and_a_rejection_say_so_in_a_line(stage, watcher):
+    stage.start(burn_patience=0)
+
+    first = stage.publisher.publish(accrual("ann", "3", "a"))
+    again = stage.publisher.publish(accrual("ann", "3.00", "a"))
+    refused = stage.publisher.publish(burn("ann", 5, "b"))
+    eventually(lambda: all("task-succeeded" in watcher.types(task_id) for task_id in (first, again, refused)))
+
+    assert watcher.last(again, "result") == "applied #1: 0 → 3 (again)"
+    assert watcher.last(refused, "result") == "rejected: insufficient tokens, 3 held, 5 asked"
+
+
+def test_a_bulk_message_says_how_many_and_fails_only_when_nothing_was_decided(stage, watcher):
+    stage.start(burn_patience=0)
+
+    mixed = stage.publisher.publish_bulk(
+        [*(accrual("ann", 1, f"a{n}") for n in range(7)), burn("ann", 100, "b1"), accrual("ann", 2, "a0")]
+    )
+    eventually(lambda: "task-succeeded" in watcher.types(mixed))
+    hopeless = stage.publisher.publish_bulk([accrual("ann", 9, "a0"), accrual("ann", 9, "a1")])
+    eventually(lambda: "task-failed" in watcher.types(hopeless))
+
+    assert watcher.last(mixed, "result") == "7 applied, 1 rejected, 1 dead-lettered"
+    assert watcher.last(hopeless, "exception").startswith("2 dead-lettered, the first: dead letter (conflict)")
+    assert stage.count("dead_letter") == 3
+
+
+def test_a_producers_send_task_with_decimal_and_datetime_arrives(stage):
+    stage.start()
+    producer = Celery(broker=stage.broker_url)
+
+    with producer.connection_for_write() as connection:
+        producer.send_task(
+            "tokens.accrue",
+            kwargs={
+                "user_id": "ann",
+                "amount": Decimal("1.500000000000000001"),
+                "idempotency_key": "a",
+                "source": "purchase",
+                "metadata": {"ratio": 0.1},
+            },
+            queue="tokens",
+            connection=connection,
+        )
+    eventually(lambda: stage.count("transaction_record") == 1)
+
+    assert stage.rows("SELECT amount, metadata::text FROM transaction_record") == [
+        (Decimal("1.500000000000000001"), '{"ratio":0.1}')
+    ]
+
+
+def test_a_burn_ahead_of_its_accrual_waits_for_it(stage):
+    stage.start(burn_patience=20)
+
+    stage.publisher.publish(burn("ann", 4, "b"))
+    eventually(lambda: stage.redis.hlen("unacked") == 1)
+    time.sleep(0.5)
+    assert stage.count("rejected_event") == 0, "nothing is written about a burn that waits"
+    stage.publisher.publish(accrual("ann", 10, "a"))
+    eventually(lambda: stage.balance("ann") == 6, 5)
+
+    assert stage.rows("SELECT sequence, type FROM transaction_record ORDER BY 1") == [(1, "accrual"), (2, "burn")]
+    eventually(lambda: stage.in_redis() == 0)
+
+
+def test_a_burn_hears_of_an_accrual_that_another_worker_applied(stage):
+    stage.start(burn_patience=20)
+
+    stage.publisher.publish(burn("ann", 4, "b"))
+    eventually(lambda: stage.redis.hlen("unacked") == 1)
+    with psycopg.connect(stage.database_url, autocommit=True) as connection:
+        apply_batch(connection, [Delivery.of(accrual("ann", 10, "a"))], stripe=2)
+
+    eventually(lambda: stage.balance("ann") == 6, 5)
+
+
+def test_a_burn_without_accrual_is_refused_when_its_patience_is_over(stage):
+    stage.start(burn_patience=1)
+
+    began = time.monotonic()
+    stage.publisher.publish(burn("ann", 4, "b"))
+    eventually(lambda: stage.count("rejected_event") == 1)
+
+    assert time.monotonic() - began >= 1, "it was refused before its patience was over"
+    assert stage.rows("SELECT reason, balance FROM rejected_event") == [("insufficient_tokens", Decimal(0))]
+
+
+def test_waiting_burns_do_not_keep_their_accruals_out(stage):
+    """More burns than prefetch allows wait; were they to count, the accruals behind them would never be fetched."""
+    stage.start(burn_patience=60, batch_size=50)
+
+    stage.publisher.publish_all(burn(f"user-{n}", 1, "b") for n in range(400))
+    stage.publisher.publish_all(accrual(f"user-{n}", 1, "a") for n in range(400))
+    eventually(lambda: stage.count("transaction_record") == 800, 30)
+
+    assert stage.count("rejected_event") == 0
+    eventually(lambda: stage.in_redis() == 0)
+    assert stage.broken() == []
+
+
+def test_a_stopped_worker_puts_waiting_burns_back_and_does_not_refuse_them(stage):
+    worker = stage.start(burn_patience=60)
+
+    stage.publisher.publish_all([burn("ann", 1, "b1"), burn("ann", 2, "b2"), accrual("bob", 1, "a")])
+    eventually(lambda: stage.count("transaction_record") == 1 and stage.redis.hlen("unacked") == 2)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(30) == 0, stage.log()
+
+    assert stage.redis.llen("tokens") == 2
+    assert stage.redis.hlen("unacked") == 0
+    assert stage.redis.exists("unacked_restores") == 0, "a clean hand-back is no death"
+    assert stage.count("rejected_event") == 0
+
+    stage.publisher.publish(accrual("ann", 5, "a2"))
+    stage.start(burn_patience=60)
+    eventually(lambda: stage.balance("ann") == 2)
+
+
+def test_many_events_share_few_transactions(stage):
+    stage.publisher.publish_all(accrual(f"user-{n % 10}", 1, f"k{n}") for n in range(2_000))
+    before = stage.rows("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()")[0][0]
+
+    stage.start()
+    eventually(lambda: stage.count("transaction_record") == 2_000, 30)
+    eventually(lambda: stage.in_redis() == 0)
+    stage.workers[0].send_signal(signal.SIGTERM)  # what it counted is written when its session ends
+    stage.workers[0].wait(30)
+
+    def commits() -> int:
+        return stage.rows("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()")[0][0] - before
+
+    eventually(lambda: commits() > 4)
+    print(f"2,000 events in at most {commits()} transactions, those of this test's questions included")
+    assert commits() < 200
+    assert stage.broken() == []
+
+
+def test_a_worker_of_some_lanes_takes_these_and_the_queue_itself(stage):
+    stage.start("--queues", "tokens,tokens.0,tokens.2")
+    with Publisher(stage.broker_url, lanes=3) as lanes:
+        events = [accrual(f"user-{n}", 1, "a") for n in range(60)]
+        lanes.publish_all(events)
+        expected = sum(lanes.queue_of(event) != "tokens.1" for event in events)
+        left = 60 - expected
+    stage.publisher.publish(accrual("ann", 1, "a"))
+
+    eventually(lambda: stage.count("transaction_record") == expected + 1)
+    assert stage.redis.llen("tokens.1") == left > 0
+
+
+def test_while_the_database_is_away_a_worker_keeps_its_messages_stops_fetching_and_says_so_once(stage):
+    stage.start()
+    stage.publisher.publish(accrual("ann", 1, "first"))
+    eventually(lambda: stage.count("transaction_record") == 1)
+    name = stage.database_url.rpartition("/")[2]
+    server = stage.database_url.rpartition("/")[0] + "/postgres"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+        stage.publisher.publish(accrual("ann", 1, "second"))
+        eventually(lambda: "database not available" in stage.log())
+        time.sleep(0.5)
+        stage.publisher.publish_all(accrual("ann", 1, f"k{n}") for n in range(50))
+        time.sleep(1.5)
+        assert stage.redis.llen("tokens") == 50, "it fetched what it could not decide"
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+    eventually(lambda: stage.balance("ann") == 52)
+    eventually(lambda: stage.in_redis() == 0)
+    assert stage.log().count("database not available") == 1
+    assert stage.log().count("database available again") == 1
+    assert stage.broken() == []
