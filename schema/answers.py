@@ -24,9 +24,12 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
 from .canonical import JsonText, plain_number, write_json
-from .events import UserId
+from .events import Label, UserId
+from .reasons import DeadLetterReason, RejectionReason
 
 MAX_LIMIT: Final = 100  # records on one page
+MAX_KEYS: Final = 100  # receipts at a time
+MAX_WAIT: Final = 10  # seconds that a reader may wait for a receipt
 
 #: A page may lie far behind the last one, but turning more digits than this into a number is slow or refused.
 _MAX_DIGITS: Final = 100
@@ -49,6 +52,7 @@ def _moment(moment: datetime) -> str:
 
 Page: TypeAlias = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
 Limit: TypeAlias = Annotated[int, Field(ge=1, le=MAX_LIMIT), BeforeValidator(_whole_number)]
+Wait: TypeAlias = Annotated[int, Field(ge=0, le=MAX_WAIT), BeforeValidator(_whole_number)]
 Tokens: TypeAlias = Annotated[
     Decimal,
     PlainSerializer(plain_number, return_type=str),
@@ -125,6 +129,103 @@ class TransactionHistory(Answer):
     pagination: Pagination
 
 
+class _Rejection(Answer):
+    user_id: str
+    number: Annotated[int, Field(ge=1, description="The account's rejections are numbered 1, 2, 3 … without a gap.")]
+    type: Literal["accrual", "burn"]
+    amount: Tokens
+    reason: RejectionReason
+    balance: Annotated[Tokens, Field(description="What the account held when the event was decided.")]
+    metadata: Annotated[Metadata | None, Field(description="What the producer sent along.")]
+    idempotency_key: str
+    occurred_at: Annotated[Moment | None, Field(description="The producer's clock; null if it gave none.")]
+    created_at: Annotated[Moment, Field(description="When the ledger decided it.")]
+
+
+class AccrualRejection(_Rejection):
+    """The account was not funded from `source`."""
+
+    type: Literal["accrual"]
+    source: str
+
+
+class BurnRejection(_Rejection):
+    """An `action` of the user spent nothing."""
+
+    type: Literal["burn"]
+    action: str
+
+
+Rejection: TypeAlias = Annotated[AccrualRejection | BurnRejection, Field(discriminator="type")]
+
+_REJECTION: TypeAdapter[AccrualRejection | BurnRejection] = TypeAdapter(Rejection)
+
+
+def rejection(fields: dict[str, Any]) -> AccrualRejection | BurnRejection:
+    """The rejection with these fields, by Python name. Raises ValidationError if one that its type has is missing."""
+    return _REJECTION.validate_python(fields)
+
+
+class Rejections(Answer):
+    """One page of an account's rejections, newest first; empty behind the last page and for an unknown user."""
+
+    rejections: list[Rejection]
+    pagination: Pagination
+
+
+class _Receipt(Answer):
+    user_id: str
+    idempotency_key: str
+
+
+class AppliedReceipt(_Receipt):
+    """The event moved the balance: once, and for good."""
+
+    status: Literal["applied"] = "applied"
+    transaction: Transaction
+
+
+class RejectedReceipt(_Receipt):
+    """The event was refused, for good: it will not be applied under this key, whatever the balance becomes."""
+
+    status: Literal["rejected"] = "rejected"
+    reason: RejectionReason
+    balance: Annotated[Tokens, Field(description="What the account held when the event was decided.")]
+    number: int
+    created_at: Moment
+
+
+class DeadLetteredReceipt(_Receipt):
+    """The event has no outcome. Its key is free: the same event, or a better one, may yet be applied under it."""
+
+    status: Literal["dead_lettered"] = "dead_lettered"
+    reason: DeadLetterReason
+    detail: Annotated[str, Field(description="One sentence: what is wrong with it.")]
+    state: Annotated[
+        Literal["open", "discarded"], Field(description="Whether it waits for an operator, or one has closed it.")
+    ]
+    dead_letter: Annotated[int, Field(description="Its number, as `tokentrail dead-letters` takes it.")]
+    last_seen_at: Moment
+
+
+class UnknownReceipt(_Receipt):
+    """No event with this key is decided. It may still be queued."""
+
+    status: Literal["unknown"] = "unknown"
+    detail: str = "No event with this key has been decided: it may still be queued, or it was never published."
+
+
+Receipt: TypeAlias = Annotated[
+    AppliedReceipt | RejectedReceipt | DeadLetteredReceipt | UnknownReceipt, Field(discriminator="status")
+]
+
+
+class Receipts(Answer):
+    """What became of each key that was asked for, in the order of the question."""
+
+    receipts: list[Receipt]
+
+
 class HistoryQuery(BaseModel):
     """Whose history, and which page of it. A parameter's description is also what its refusal says."""
 
@@ -135,6 +236,30 @@ class HistoryQuery(BaseModel):
         Page, Field(description=f"a whole number from 1 on, in at most {_MAX_DIGITS} plain digits; 1 is the newest")
     ] = 1
     limit: Annotated[Limit, Field(description=f"a whole number from 1 to {MAX_LIMIT}, in plain digits")] = 10
+
+
+class ReceiptsQuery(BaseModel):
+    """Which of a user's keys, and how long to wait for the first answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user_id: Annotated[UserId, Field(alias="userId", description="1 to 128 characters, none of them NUL")]
+    idempotency_keys: Annotated[
+        list[Label],
+        Field(
+            alias="idempotencyKey",
+            min_length=1,
+            max_length=MAX_KEYS,
+            description=f"given 1 to {MAX_KEYS} times, each time 1 to 200 characters, none of them NUL",
+        ),
+    ]
+    wait: Annotated[
+        Wait,
+        Field(
+            description=f"a whole number of seconds from 0 to {MAX_WAIT}, in plain digits: the answer comes as soon as"
+            " one of the keys has another than unknown, at the latest after this"
+        ),
+    ] = 0
 
 
 class Health(Answer):

@@ -15,6 +15,7 @@ import os
 import socket
 import uuid
 import zlib
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
@@ -30,7 +31,7 @@ from .canonical import plain_number
 from .events import MAX_EVENTS, Accrual, Event, event_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
 MAX_BATCH: Final = 500  # messages in one LPUSH
@@ -147,6 +148,16 @@ class Publisher:
         not at all. Raises PublishError at the first batch that is not acknowledged; its `events` are all that
         were taken from the iterable and not acknowledged.
         """
+        return self._publish((event, None, {}) for event in events)
+
+    def publish_named(self, events: Iterable[tuple[Event, str, Mapping[str, str | int]]]) -> int:
+        """`publish_all` with a message id and further headers for each event.
+
+        For who must be able to publish the very same message again, as replaying a dead letter does.
+        """
+        return self._publish(events)
+
+    def _publish(self, events: Iterable[tuple[Event, str | None, Mapping[str, str | int]]]) -> int:
         batches: dict[str, _Batch] = {}
         sent = 0
 
@@ -160,9 +171,9 @@ class Publisher:
             del batches[queue]
             return len(batch.events)
 
-        for event in events:
+        for event, message_id, headers in events:
             queue = self.queue_of(event)
-            _, message = self._message(event, queue)
+            _, message = self._message(event, queue, message_id, headers)
             batch = batches.get(queue)
             if batch and (len(batch.events) == MAX_BATCH or batch.size + len(message) > MAX_BYTES):
                 sent += flush(queue)
@@ -199,7 +210,9 @@ class Publisher:
             return self._queue
         return f"{self._queue}.{zlib.crc32(event.user_id.encode()) % self._lanes}"
 
-    def _message(self, event: Event, queue: str) -> tuple[str, str]:
+    def _message(
+        self, event: Event, queue: str, message_id: str | None = None, headers: Mapping[str, str | int] | None = None
+    ) -> tuple[str, str]:
         shown = {
             "user_id": event.user_id,
             "amount": plain_number(event.amount),
@@ -210,11 +223,22 @@ class Publisher:
         # The task's name is the type. A quote inside a JSON string is escaped, so this text is the field itself
         # and, metadata standing last, the event's own.
         kwargs = event_json(event).replace(f',"type":"{event.type}"', "", 1)
-        return self._enveloped(task, kwargs, repr(shown), queue)
+        return self._enveloped(task, kwargs, repr(shown), queue, message_id, headers or {})
 
-    def _enveloped(self, task: str, kwargs: str, shown: str, queue: str) -> tuple[str, str]:
+    def _enveloped(
+        self,
+        task: str,
+        kwargs: str,
+        shown: str,
+        queue: str,
+        message_id: str | None = None,
+        headers: Mapping[str, str | int] = MappingProxyType({}),
+    ) -> tuple[str, str]:
         """Message id and text of a Celery message, protocol 2. `kwargs` is spliced: no number passes a float."""
-        message_id = str(uuid.uuid4())
+        # A tag is a message's name while it is unacknowledged. The id will do, unless the message may be sent again.
+        tag = str(uuid.uuid4())
+        message_id = message_id or tag
+        more = "".join(f",{json.dumps(name)}:{json.dumps(value)}" for name, value in headers.items())
         body = base64.b64encode(f"[[],{kwargs},{_NO_CALLBACKS}]".encode()).decode()
         if len(shown) > _REPR:
             shown = f"{shown[: _REPR - 2]}…}}"
@@ -222,11 +246,10 @@ class Publisher:
             f'{{"body":"{body}","content-encoding":"utf-8","content-type":"application/json","headers":{{'
             f'"lang":"py","task":"{task}","id":"{message_id}","root_id":"{message_id}","parent_id":null,'
             f'"group":null,"retries":0,"timelimit":[null,null],"eta":null,"expires":null,"ignore_result":true,'
-            f'"argsrepr":"()","kwargsrepr":{json.dumps(shown)},"origin":{self._origin}}},'
+            f'"argsrepr":"()","kwargsrepr":{json.dumps(shown)},"origin":{self._origin}{more}}},'
             f'"properties":{{"correlation_id":"{message_id}","reply_to":"","delivery_mode":2,'
             f'"delivery_info":{{"exchange":"","routing_key":{json.dumps(queue)}}},"priority":0,'
-            # A tag is a message's name while it is unacknowledged; a message is never sent twice, so the id will do.
-            f'"body_encoding":"base64","delivery_tag":"{message_id}"}}}}'
+            f'"body_encoding":"base64","delivery_tag":"{tag}"}}}}'
         )
 
     def _push(self, queue: str, messages: Sequence[str], events: Sequence[Event]) -> None:

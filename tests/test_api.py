@@ -334,7 +334,13 @@ def test_what_is_no_http_gets_a_400_and_the_server_lives(client_without_database
 
 def test_openapi_describes_every_address_and_is_current(client):
     document = client.get("/openapi.json").json()
-    assert document["paths"].keys() == {HISTORY, "/healthz", "/readyz"}
+    assert document["paths"].keys() == {
+        HISTORY,
+        "/api/account/rejections",
+        "/api/account/receipts",
+        "/healthz",
+        "/readyz",
+    }
     history = document["paths"][HISTORY]["get"]
     parameters = {parameter["name"]: parameter for parameter in history["parameters"]}
     assert parameters.keys() == {"userId", "page", "limit"}

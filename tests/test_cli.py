@@ -75,7 +75,19 @@ def accrual(n):
 def test_help_names_every_command(tokentrail):
     code, out, _ = tokentrail("--help")
     assert code == 0
-    for command in ("up", "demo", "migrate", "worker", "api", "publish", "history", "supply", "settings"):
+    for command in (
+        "up",
+        "demo",
+        "migrate",
+        "worker",
+        "api",
+        "publish",
+        "history",
+        "receipt",
+        "dead-letters",
+        "supply",
+        "settings",
+    ):
         assert f" {command} " in out
 
 

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from datetime import datetime
     from decimal import Decimal
 
-    from schema.answers import TransactionHistory
+    from schema.answers import Receipt, Rejections, TransactionHistory
     from worker.read.supply import Supply
 
 #: Columns of a table that goes to a file or a pipe, which has no width of its own.
 _WIDTH: Final = 132
+
+
+_FIELDS: Final = {"field": "left", "value": "left"}
+_STYLES: Final = {"applied": "green", "rejected": "yellow", "dead_lettered": "red", "unknown": "dim"}
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -77,6 +81,60 @@ def history_table(user_id: str, history: TransactionHistory) -> Table:
             tokens(record.balance_after),
             printable(record.idempotency_key),
         )
+    return made
+
+
+def rejections_table(user_id: str, found: Rejections) -> Table:
+    """One page of what an account was refused for good, newest first."""
+    about = found.pagination
+    made = table(
+        f"Rejections of {printable(user_id)}: page {about.page} of {about.total_pages}, {about.total:,} rejections",
+        no="right",
+        decided="left",
+        type="left",
+        what="left",
+        amount="right",
+        held="right",
+        reason="left",
+        key="left",
+    )
+    for rejection in found.rejections:
+        made.add_row(
+            str(rejection.number),
+            moment(rejection.created_at),
+            rejection.type,
+            printable(rejection.source if rejection.type == "accrual" else rejection.action),
+            tokens(rejection.amount),
+            tokens(rejection.balance),
+            rejection.reason,
+            printable(rejection.idempotency_key),
+        )
+    return made
+
+
+def receipt_table(receipt: Receipt) -> Table:
+    """What became of one event."""
+    made = table(f"Receipt of {printable(receipt.user_id)} for {printable(receipt.idempotency_key)}", **_FIELDS)
+    made.add_row("status", Text(receipt.status.replace("_", "-"), style=_STYLES[receipt.status]))
+    match receipt.status:
+        case "applied":
+            record = receipt.transaction
+            made.add_row("record", f"{record.sequence} ({record.type})")
+            made.add_row("amount", tokens(record.amount))
+            made.add_row("balance", f"{tokens(record.balance_before)} → {tokens(record.balance_after)}")
+            made.add_row("recorded", moment(record.created_at))
+        case "rejected":
+            made.add_row("reason", receipt.reason)
+            made.add_row("held then", tokens(receipt.balance))
+            made.add_row("rejection", str(receipt.number))
+            made.add_row("decided", moment(receipt.created_at))
+        case "dead_lettered":
+            made.add_row("reason", receipt.reason)
+            made.add_row("detail", printable(receipt.detail))
+            made.add_row("dead letter", f"{receipt.dead_letter}, {receipt.state}")
+            made.add_row("last seen", moment(receipt.last_seen_at))
+        case "unknown":
+            made.add_row("detail", receipt.detail)
     return made
 
 

@@ -6,7 +6,8 @@ migrate.py    migrate
 worker.py     worker
 api.py        api
 publish.py    publish
-reading.py    history, supply
+reading.py    history, receipt, supply
+dead_letters.py  dead-letters
 configured.py settings
 """
 
@@ -17,7 +18,7 @@ from typing import NoReturn
 
 import typer
 
-from worker.cli import api, configured, migrate, publish, reading, running, worker
+from worker.cli import api, configured, dead_letters, migrate, publish, reading, running, worker
 from worker.cli.failures import explain
 
 app = typer.Typer(
@@ -34,7 +35,9 @@ app.command()(worker.worker)
 app.command()(api.api)
 app.command()(publish.publish)
 app.command()(reading.history)
+app.command()(reading.receipt)
 app.command()(reading.supply)
+app.add_typer(dead_letters.app, name="dead-letters")
 app.command("settings")(configured.show)
 
 

@@ -8,5 +8,6 @@ store.py         the SQL that apply.py needs
 errors.py        whose fault an error is: the event's, or nobody's
 settle.py        a batch until it is decided: wait out "not now", single out the event's own fault
 dead_letters.py  messages without an outcome
+letterbox.py     the same as operators meet them: found, replayed, discarded, purged
 invariants.py    what must always be true, a sentence and a query each
 """

@@ -6,4 +6,5 @@ undeliverable.py  which messages become dead letters before they are read
 tasks.py          from a message to deliveries: what a producer may call
 batching.py       deliveries into batches, outcomes into acknowledgements and events
 patience.py       burns that may be ahead of their accrual
+replay.py         dead letters back onto the queue
 """

@@ -1,4 +1,4 @@
-"""The read endpoint: an account's history over HTTP, and whether this process is alive and ready."""
+"""The read endpoint: an account's history over HTTP, its rejections and receipts, and whether this process is ready."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from fastapi import Depends, FastAPI, Query, Response
 from psycopg import AsyncConnection, OperationalError
 from psycopg.errors import UndefinedTable
 
-from schema.answers import Answer, Health, HistoryQuery, TransactionHistory
+from schema.answers import (
+    MAX_WAIT,
+    Answer,
+    Health,
+    HistoryQuery,
+    Receipts,
+    ReceiptsQuery,
+    Rejections,
+    TransactionHistory,
+)
 from worker import db
 from worker.config import Settings
 
@@ -25,14 +34,16 @@ from . import problems
 from .database import Database, DatabaseAway
 from .edge import Edge
 from .history import read_history
+from .receipts import await_receipts
+from .rejections import read_rejections
 
 log = structlog.get_logger(__name__)
 
 #: Seconds the database may take to show that it is there: probes are asked often and are impatient.
 READY_WITHIN: Final = 2.0
 
-#: Seconds that answers under way may take to finish when the process is told to stop.
-GRACE: Final = 10
+#: Seconds that answers under way may take to finish when the process is told to stop: longer than a receipt's wait.
+GRACE: Final = MAX_WAIT + 5
 
 
 class CannotListen(Exception):
@@ -63,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Edge)
 
     @app.get(
-        "/api/account/transaction-history",
+        problems.HISTORY,
         response_model=TransactionHistory,
         responses=problems.documented(422, 503),
         dependencies=[Depends(problems.check_query_string)],
@@ -73,6 +84,29 @@ def create_app(settings: Settings) -> FastAPI:
         """One page of the account's records, newest first; an unknown user has an empty history."""
         ask = partial(read_history, user_id=query.user_id, page=query.page, limit=query.limit)
         return _json(await database.read(ask))
+
+    @app.get(
+        problems.REJECTIONS,
+        response_model=Rejections,
+        responses=problems.documented(422, 503),
+        dependencies=[Depends(problems.check_query_string)],
+        operation_id="rejections",
+    )
+    async def rejections(query: Annotated[HistoryQuery, Query()]) -> Response:
+        """One page of what the account was refused for good, newest first."""
+        ask = partial(read_rejections, user_id=query.user_id, page=query.page, limit=query.limit)
+        return _json(await database.read(ask))
+
+    @app.get(
+        problems.RECEIPTS,
+        response_model=Receipts,
+        responses=problems.documented(422, 503),
+        dependencies=[Depends(problems.check_query_string)],
+        operation_id="receipts",
+    )
+    async def receipts(query: Annotated[ReceiptsQuery, Query()]) -> Response:
+        """What became of a user's events, by their keys: applied, rejected, dead-lettered, or not known yet."""
+        return _json(await await_receipts(database, query.user_id, query.idempotency_keys, query.wait))
 
     @app.get("/healthz", response_model=Health, operation_id="healthz")
     async def healthz() -> Response:

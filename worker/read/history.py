@@ -39,7 +39,7 @@ async def read_history(connection: AsyncConnection, user_id: str, page: int, lim
     """
     async with connection.cursor(row_factory=dict_row) as cursor:
         total = _total(await (await cursor.execute(TOTAL, (user_id,))).fetchone())
-        numbers = _numbers(user_id, page, limit, total)
+        numbers = page_numbers(user_id, page, limit, total)
         rows = await (await cursor.execute(RECORDS, numbers)).fetchall() if numbers["up_to"] else []
     return _history(rows, page, limit, total)
 
@@ -48,7 +48,7 @@ def read_history_now(connection: Connection, user_id: str, page: int, limit: int
     """`read_history` for a program without an event loop."""
     with connection.cursor(row_factory=dict_row) as cursor:
         total = _total(cursor.execute(TOTAL, (user_id,)).fetchone())
-        numbers = _numbers(user_id, page, limit, total)
+        numbers = page_numbers(user_id, page, limit, total)
         rows = cursor.execute(RECORDS, numbers).fetchall() if numbers["up_to"] else []
     return _history(rows, page, limit, total)
 
@@ -57,7 +57,7 @@ def _total(account: dict[str, Any] | None) -> int:
     return 0 if account is None else int(account["sequence"])
 
 
-def _numbers(user_id: str, page: int, limit: int, total: int) -> dict[str, Any]:
+def page_numbers(user_id: str, page: int, limit: int, total: int) -> dict[str, Any]:
     """The page's records are those numbered after `after` and up to `up_to`; 0 and 0 when it has none."""
     up_to = max(total - (page - 1) * limit, 0)
     return {"user_id": user_id, "up_to": up_to, "after": max(up_to - limit, 0)}

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from schema.answers import HistoryQuery, Problem
+from schema.answers import HistoryQuery, Problem, ReceiptsQuery
 from worker.db import SchemaError
 
 from .database import DatabaseAway
@@ -24,7 +24,18 @@ RETRY_AFTER: Final = 2
 #: Characters of a bad value that its refusal repeats.
 _SHOWN: Final = 60
 
-_RULES: Final = {field.alias or name: field.description for name, field in HistoryQuery.model_fields.items()}
+HISTORY: Final = "/api/account/transaction-history"
+REJECTIONS: Final = "/api/account/rejections"
+RECEIPTS: Final = "/api/account/receipts"
+
+#: Address → parameter → what it must be.
+_RULES: Final = {
+    path: {field.alias or name: field.description for name, field in query.model_fields.items()}
+    for path, query in ((HISTORY, HistoryQuery), (REJECTIONS, HistoryQuery), (RECEIPTS, ReceiptsQuery))
+}
+
+#: The only parameter that may be given more than once.
+_REPEATED: Final = "idempotencyKey"
 
 
 class BadParameter(Exception):
@@ -70,13 +81,16 @@ def check_query_string(request: Request) -> None:
 
     Raises BadParameter.
     """
-    seen = set()
+    seen: set[str] = set()
+    rules = _rules(request)
     query = request.scope["query_string"].decode("latin-1")
     for name, value in parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
         if not _is_text(name) or not _is_text(value):
-            raise BadParameter(_named(name), f"{_named(name)} must be percent-encoded UTF-8, and this is not.")
-        if name in seen:
-            raise BadParameter(_named(name), f"{_named(name)} is given more than once: give it once.")
+            raise BadParameter(
+                _named(name, rules), f"{_named(name, rules)} must be percent-encoded UTF-8, and this is not."
+            )
+        if name in seen and not (name == _REPEATED and name in rules):
+            raise BadParameter(_named(name, rules), f"{_named(name, rules)} is given more than once: give it once.")
         seen.add(name)
 
 
@@ -85,7 +99,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
-        parameter, detail = _refusal(error.errors()[0])
+        parameter, detail = _refusal(error.errors()[0], _rules(request))
         return problem(request, 422, detail, parameter=parameter)
 
     @app.exception_handler(BadParameter)
@@ -111,25 +125,32 @@ def install(app: FastAPI) -> None:
         return problem(request, error.status_code, detail, headers=headers)
 
 
-def _refusal(error: Mapping[str, Any]) -> tuple[str, str]:
+def _rules(request: Request) -> Mapping[str, str | None]:
+    return _RULES.get(request.scope["path"], {})
+
+
+def _refusal(error: Mapping[str, Any], rules: Mapping[str, str | None]) -> tuple[str, str]:
     """The parameter at fault, and the sentence."""
-    name = _named(str(error["loc"][-1]))
+    where = error["loc"]
+    name = _named(str(where[1] if len(where) > 1 else where[0]), rules)  # behind it: which of several values
     match error["type"]:
         case "missing":
-            return name, f"{name} is missing: it must be {_RULES[name]}."
+            return name, f"{name} is missing: it must be {rules[name]}."
         case "extra_forbidden":
-            return name, f"{name} is not a parameter of this address; there are {', '.join(_RULES)}."
+            return name, f"{name} is not a parameter of this address; there are {', '.join(rules)}."
+        case "too_long":
+            return name, f"{name} is given {len(error['input'])} times: it must be {rules[name]}."
         case _:
-            return name, f"{name} is {_shown(error['input'])}: it must be {_RULES[name]}."
+            return name, f"{name} is {_shown(error['input'])}: it must be {rules[name]}."
 
 
 def _is_text(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _named(name: str) -> str:
+def _named(name: str, rules: Mapping[str, str | None]) -> str:
     """A parameter's name as an answer may hold it: ours as it is, anything else in ASCII and short."""
-    return name if name in _RULES else ascii(name[:_SHOWN])[1:-1]
+    return name if name in rules else ascii(name[:_SHOWN])[1:-1]
 
 
 def _shown(value: object) -> str:
