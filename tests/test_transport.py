@@ -6,6 +6,8 @@ import base64
 import json
 import logging
 import time
+from contextlib import suppress
+from queue import Empty
 
 import kombu
 import pytest
@@ -421,6 +423,41 @@ def test_acknowledgements_survive_a_channel(broker_url, broker):
         assert broker.keys("unacked*") == []
 
 
+def test_what_a_lost_connection_brought_unread_comes_again_at_once_and_uncounted(broker_url, broker):
+    with consuming(broker_url, visibility_timeout=1000) as consumer:
+        consumer.drain(0.2)
+        with suppress(Empty):
+            consumer.channel._brpop_read()
+        push(broker, *map(message, range(5)))
+        consumer.channel._brpop_start()
+        while broker.llen("tokens"):
+            time.sleep(0.01)
+        assert broker.hlen("unacked") == 5, "fetched, and the reply is on its way"
+        consumer.channel.client.connection.disconnect()
+        consumer.drain_until(5)
+        assert consumer.numbers == [0, 1, 2, 3, 4]
+        assert all(envelope.RESTORES_HEADER not in got.headers for got in consumer.messages)
+
+
+def test_deaths_are_counted_of_workers_that_had_a_message_alone_and_did_not_give_it_back(broker_url, broker):
+    push(broker, message(1))
+    for deaths, outcome in [(0, "dies"), (0, "dies alone"), (1, "gives back"), (1, "dies alone"), (2, "acknowledges")]:
+        with consuming(broker_url, visibility_timeout=10) as consumer:
+            consumer.channel.qos.restore_visible()
+            (got,) = consumer.drain_until(1)
+            assert got.headers.get(envelope.DEATHS_HEADER, 0) == deaths
+            if outcome != "dies":
+                consumer.channel.qos.count_alone(got.delivery_tag, 1)
+            if outcome == "acknowledges":
+                got.ack()
+            elif outcome == "gives back":
+                consumer.channel.qos.count_alone(got.delivery_tag, -1)
+            else:
+                consumer.abandon()
+        age(broker)
+    assert broker.exists("unacked_restores") == 0
+
+
 def test_a_late_acknowledgement_does_not_touch_the_next_delivery(broker_url, broker):
     push(broker, message(1))
     with consuming(broker_url) as late:
@@ -615,7 +652,7 @@ def test_get_records_what_it_takes(broker_url, broker):
         assert broker.hlen("unacked") == 2
         assert channel.basic_get("tokens") is None
         first.ack()
-        channel.flush_acknowledgements()
+        channel.settle()
         assert broker.hkeys("unacked") == [second.delivery_tag.encode()]
 
 
@@ -648,7 +685,7 @@ def test_urls_stay_the_same(registered, broker_url):
 
 
 def test_every_script_may_run_while_redis_is_full():
-    for name in ("FETCH", "ACKNOWLEDGE", "TOUCH", "SHIELD", "RESTORE", "HAND_BACK"):
+    for name in ("FETCH", "ACKNOWLEDGE", "TOUCH", "SHIELD", "COUNT", "RESTORE", "HAND_BACK"):
         assert getattr(scripts, name).text.startswith("#!lua flags=allow-oom\n")
 
 

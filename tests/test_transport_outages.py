@@ -103,11 +103,26 @@ def test_an_acknowledgement_survives_a_crash_of_redis(server_folder):
             first.ack()  # the commit is done, Redis cannot know
             with pytest.raises(consumer.connection.connection_errors):
                 consumer.drain(1)
-            assert len(consumer.channel.acknowledgements) == 1
+            assert len(consumer.channel.owed) >= 1
         broker.start()
         with consuming(broker.url) as consumer:
             consumer.turn()
             assert broker.client.hlen("unacked") == 1
+
+
+def test_an_outage_of_redis_is_not_counted_against_messages_nor_waited_for(server_folder):
+    with Broker(server_folder, *DURABLE) as broker:
+        originals = [message(number) for number in range(20)]
+        for original in originals:
+            broker.client.lpush("tokens", original)
+        with consuming(broker.url, visibility_timeout=1000) as consumer:
+            consumer.drain_until(20)[0].ack()
+            broker.kill()
+        broker.start()
+        with consuming(broker.url, visibility_timeout=1000) as consumer:
+            consumer.drain_until(19)
+            assert consumer.numbers == list(range(1, 20))
+            assert all(envelope.RESTORES_HEADER not in got.headers for got in consumer.messages)
 
 
 def test_closing_without_a_broker_raises_nothing_and_says_what_happens_next(server_folder, caplog):
@@ -225,7 +240,7 @@ def test_it_works_over_tls(server_folder, requires_program):
                     connection.drain_events(timeout=5)
                 for each in got[:-1]:
                     each.ack()
-                consumer.channel.flush_acknowledgements()
+                consumer.channel.settle()
         assert broker.client.llen("tokens\x06\x169") == 1
         assert broker.client.dbsize() == 1
 

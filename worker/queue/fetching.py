@@ -35,6 +35,18 @@ class Source(NamedTuple):
     closing: str  # what closes a record of it, see put_back.lua; empty when nothing is recorded
 
 
+class Asked(NamedTuple):
+    """A fetch that is on its way."""
+
+    prefix: str
+    most: int
+    sources: list[Source]
+
+    def tags(self) -> list[str]:
+        """The tags of all messages that it may bring, oldest first."""
+        return [f"{self.prefix}{number}" for number in range(1, self.most + 1)]
+
+
 class Fetched(NamedTuple):
     """A message as it came out of Redis."""
 
@@ -64,7 +76,7 @@ class FetchingChannel(ScriptedChannel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._identity = uuid4().hex
         self._fetches = count(1)
-        self._outstanding: tuple[str, list[Source]] = ("", [])
+        self._outstanding = Asked("", 0, [])
         self._waited = False
         self._idle = False
         self._intake = True
@@ -87,11 +99,11 @@ class FetchingChannel(ScriptedChannel):
         sources = self._sources(self._queue_cycle.consume(len(self.active_queues)), self._no_ack_queues)
         if not sources or not self._intake or monotonic() < self._rest_until:
             return
-        prefix, keys, arguments = self._fetch_arguments(sources, self._credit())
+        asked, keys, arguments = self._ask(sources, self._credit())
         commands: list[tuple[Any, ...]] = [("EVALSHA", FETCH.sha, len(keys), *map(self._key, keys), *arguments)]
         if self._idle:
             commands.insert(0, self._wait(sources))
-        self._waited, self._outstanding = self._idle, (prefix, sources)
+        self._waited, self._outstanding = self._idle, asked
         connection = self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
         connection.send_packed_command(connection.pack_commands(commands))
@@ -110,8 +122,7 @@ class FetchingChannel(ScriptedChannel):
         Redis cannot tell us: BLMOVE waits on one list, and its timeouts are only looked at ten times a second.
         Raises when the connection is lost.
         """
-        _, sources = self._outstanding
-        unwatched = sources[0 if monotonic() < self._full_until else 1 :]
+        unwatched = self._outstanding.sources[0 if monotonic() < self._full_until else 1 :]
         if not (self._in_poll and self._waited and unwatched and self._intake and self.qos.can_consume()):
             return False
         try:
@@ -147,12 +158,13 @@ class FetchingChannel(ScriptedChannel):
                 self._full_until = monotonic() + REST  # the fetch behind it is allowed even so
             except exceptions.ResponseError as error:
                 refusal = error
-        prefix, sources = self._outstanding
+        asked = self._outstanding
         reply: list[Any] = [0]
         try:
-            reply = self.client.parse_response(connection, "EVALSHA", **options) or reply
-        except exceptions.NoScriptError:
-            self._load(FETCH)
+            try:
+                reply = self.client.parse_response(connection, "EVALSHA", **options) or reply
+            except exceptions.NoScriptError:  # Redis restarted, or does not know us yet
+                return self._fetch_now(asked.sources, asked.most)
         except exceptions.ResponseError as error:
             refusal = error
         if refusal:
@@ -160,7 +172,7 @@ class FetchingChannel(ScriptedChannel):
         else:
             self.refusal = None
         self._idle = not reply[0]
-        return self._fetched(reply, prefix, sources)
+        return self._fetched(reply, asked)
 
     def _sources(self, queues: Sequence[str], unrecorded: Collection[str]) -> list[Source]:
         return [
@@ -178,20 +190,31 @@ class FetchingChannel(ScriptedChannel):
         return self.fetch_count if credit is None else min(credit, self.fetch_count)
 
     def _fetch_now(self, sources: list[Source], most: int) -> list[Fetched]:
-        prefix, keys, arguments = self._fetch_arguments(sources, most)
-        return self._fetched(self._run(FETCH, keys, arguments), prefix, sources)
+        asked, keys, arguments = self._ask(sources, most)
+        try:
+            reply = self._run(FETCH, keys, arguments)
+        except self.connection_errors:
+            self.owed.give_back(asked.tags())
+            raise
+        return self._fetched(reply, asked)
 
-    def _fetch_arguments(self, sources: list[Source], most: int) -> tuple[str, list[str], list[str]]:
-        """The prefix of the tags, which no other fetch has, here or elsewhere; keys and arguments of the script."""
-        prefix = f"{self._identity}-{next(self._fetches)}-"
+    def _on_connection_disconnect(self, connection: Any) -> None:
+        """Remember what the reply that is lost may have brought: it is recorded as ours, and nobody will read it."""
+        if self._in_poll is connection:
+            self.owed.give_back(self._outstanding.tags())
+        super()._on_connection_disconnect(connection)
+
+    def _ask(self, sources: list[Source], most: int) -> tuple[Asked, list[str], list[str]]:
+        """A fetch with a prefix of tags that no other fetch has, here or elsewhere; keys and arguments for it."""
+        asked = Asked(f"{self._identity}-{next(self._fetches)}-", most, sources)
         keys = [self.unacked_key, self.unacked_index_key, self.unacked_restores_key, *(s.key for s in sources)]
-        limits = [str(most), str(self.fetch_bytes), prefix]
-        return prefix, keys, [*limits, *(source.closing for source in sources)]
+        limits = [str(most), str(self.fetch_bytes), asked.prefix]
+        return asked, keys, [*limits, *(source.closing for source in sources)]
 
     @staticmethod
-    def _fetched(reply: list[Any], prefix: str, sources: list[Source]) -> list[Fetched]:
+    def _fetched(reply: list[Any], asked: Asked) -> list[Fetched]:
         items = zip(reply[1::4], reply[2::4], reply[3::4], reply[4::4], strict=True)
-        return [Fetched(sources[at], f"{prefix}{n}", *rest) for n, (at, *rest) in enumerate(items, 1)]
+        return [Fetched(asked.sources[at], tag, *rest) for tag, (at, *rest) in zip(asked.tags(), items, strict=False)]
 
     def _deliver_all(self, fetched: list[Fetched]) -> None:
         """Hand messages to their consumers."""

@@ -28,10 +28,10 @@ class Poller(stock.MultiChannelPoller):
     _timers: tuple[Any, ...] = ()
 
     def on_poll_start(self) -> None:
-        """Before each wait: acknowledge what is done, then ask for more. Raises when the connection is lost."""
+        """Before each wait: tell what is done, then ask for more. Raises when the connection is lost."""
         for channel in list(self._channels):
             try:
-                channel.flush_acknowledgements()
+                channel.settle()
             except exceptions.ResponseError as error:
                 channel._refused(error)  # the tags are kept, the next turn tries again
         super().on_poll_start()

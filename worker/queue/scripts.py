@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from redis import exceptions
 
 from worker.queue import envelope
-from worker.queue.unacked import Acknowledgements, QoS
+from worker.queue.owed import Owed
+from worker.queue.unacked import QoS
 
 stock: Any = import_module("kombu.transport.redis")
 
@@ -39,6 +40,7 @@ def _script(*names: str) -> Script:
 
 FETCH = _script("fetch")
 ACKNOWLEDGE = _script("acknowledge")
+COUNT = _script("count")
 TOUCH = _script("touch")
 SHIELD = _script("shield")
 RESTORE = _script("put_back", "restore")
@@ -60,13 +62,20 @@ class ScriptedChannel(stock.Channel):
         super().__init__(*args, **kwargs)
         client = self.connection.client
         broker = tuple(sorted(client.alt)) or (client.hostname, client.port)  # sorted: kombu moves on from host to host
-        self.acknowledgements = Acknowledgements.of((broker, client.virtual_host, self._key(self.unacked_key)))
+        self.owed = Owed.of((broker, client.virtual_host, self._key(self.unacked_key)))
 
-    def flush_acknowledgements(self) -> None:
-        """Let Redis forget what was acknowledged. Raises when Redis does, and keeps the rest."""
-        keys = [self.unacked_key, self.unacked_index_key, self.unacked_restores_key]
-        if self.acknowledgements:
-            self.acknowledgements.flush(lambda arguments: self._run(ACKNOWLEDGE, keys, arguments))
+    def settle(self) -> None:
+        """Tell Redis what this process owes it, see `Owed`. Raises when Redis does, and keeps the rest."""
+        if self.owed:
+            self.owed.settle(self)
+
+    def acknowledge(self, arguments: list[str]) -> None:
+        """Run acknowledge.lua with these arguments."""
+        self._run(ACKNOWLEDGE, [self.unacked_key, self.unacked_index_key, self.unacked_restores_key], arguments)
+
+    def count(self, field: str, by: int) -> None:
+        """Run count.lua with these arguments."""
+        self._run(COUNT, [self.unacked_restores_key], [field, str(by)])
 
     def touch(self, arguments: list[str]) -> None:
         """Run touch.lua with these arguments."""

@@ -68,15 +68,16 @@ class Channel(FetchingChannel):
                 self._return_unseen(list(reversed(waiting)))
 
     def _return_unseen(self, unseen: list[Fetched]) -> None:
-        """Put back what no consumer has seen. Never raises: the visibility timeout does it too, only later."""
+        """Put back what no consumer has seen. Never raises: what cannot go back now goes with the next connection."""
+        tags = [item.tag for item in unseen if item.source.closing]
         try:
-            tags = [item.tag for item in unseen if item.source.closing]
             for _ in self.qos.put_back(tags, "RPUSH"):
                 pass
             for item in reversed([item for item in unseen if not item.source.closing]):
                 with self.conn_or_acquire() as client:
                     client.rpush(item.source.key, item.raw)
         except Exception as error:  # noqa: BLE001
+            self.owed.give_back(tags)
             logger.warning("Could not put %d fetched messages back at once: %r.", len(unseen), error)
 
     def _message(self, item: Fetched) -> Any:
@@ -154,7 +155,7 @@ class Channel(FetchingChannel):
             self._at_the_end("read what was on its way", self._read_outstanding)
             if self._qos:
                 self._qos.restore_unacked_once()
-            self._at_the_end("acknowledge", self.flush_acknowledgements)
+            self._at_the_end("acknowledge", self.settle)
         self._at_the_end("close the connections", super().close)
 
     def _read_outstanding(self) -> None:

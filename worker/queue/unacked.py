@@ -9,68 +9,21 @@ message is a record in the hash `unacked` and a time in the sorted set `unacked_
 from __future__ import annotations
 
 import logging
-from collections import deque
 from importlib import import_module
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from worker.queue.owed import ALONE, RESTORES_PER_CALL, TAGS_PER_CALL
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 stock: Any = import_module("kombu.transport.redis")
 
 logger = logging.getLogger(__name__)
 
-#: Tags per call of a script: Lua's `unpack` ends at about 8,000, and one call should not block Redis for long.
-TAGS_PER_CALL = 1000
-
-#: Messages per call that puts messages back; the caller calls again until all is done.
-RESTORES_PER_CALL = 500
-
 #: So many calls of the restore script at most in one sweep: the loop has other things to do.
 RESTORE_CALLS_PER_SWEEP = 20
-
-
-#: Where `unacked_restores` counts the times that a message was taken in hand alone, before its sha1.
-ALONE = "alone:"
-
-
-class Acknowledgements:
-    """Tags of finished messages that Redis has not yet confirmed to have forgotten.
-
-    Outlives channels and connections, so that an acknowledgement after a commit survives a lost connection. However
-    late it comes, it is safe: a tag is given to one delivery only, so that when the message was restored meanwhile,
-    and is in another worker's hands, the record of that delivery is not touched. Any thread may add.
-    """
-
-    _of_brokers: dict[Hashable, Acknowledgements] = {}  # noqa: RUF012 - one per broker and process
-
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[str, str | None]] = deque()
-
-    @classmethod
-    def of(cls, broker: Hashable) -> Acknowledgements:
-        """The one collection of this process for `broker`."""
-        return cls._of_brokers.setdefault(broker, cls())
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, tag: str, fingerprint: str | None) -> None:
-        """Remember a tag, and the sha1 of its message if that had been restored before."""
-        self._waiting.append((tag, fingerprint))
-
-    def flush(self, acknowledge: Callable[[list[str]], Any]) -> None:
-        """Hand all that waits to `acknowledge`, as arguments of the script; what it raises for is kept, and raised."""
-        while self._waiting:
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), TAGS_PER_CALL))]
-            tags = [tag for tag, _ in batch]
-            fingerprints = [fingerprint for _, fingerprint in batch if fingerprint]
-            try:
-                acknowledge([str(len(tags)), *tags, *fingerprints, *map(ALONE.__add__, fingerprints)])
-            except BaseException:
-                self._waiting.extendleft(reversed(batch))
-                raise
 
 
 class QoS(stock.QoS):
@@ -79,6 +32,7 @@ class QoS(stock.QoS):
     def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
         self._aside: set[str] = set()
         self._fingerprints: dict[str, str] = {}
+        self._alone: dict[str, int] = {}
         self._touch_due = 0.0
         super().__init__(channel, prefetch_count)
 
@@ -121,15 +75,18 @@ class QoS(stock.QoS):
     def count_alone(self, tag: str, by: int) -> None:
         """Count that a restored message is taken in hand alone (1), or given back by a worker that lives (-1).
 
-        What was counted and never taken back or acknowledged is a death. Raises when Redis does.
+        What was counted and never taken back or acknowledged is a death. Raises when Redis does, but only for 1.
         """
         if fingerprint := self._fingerprints.get(tag):
-            with self.channel.conn_or_acquire() as client:
-                client.hincrby(self.channel.unacked_restores_key, ALONE + fingerprint, by)
+            if by > 0:
+                self.channel.count(ALONE + fingerprint, by)
+            else:
+                self.channel.owed.forgive(fingerprint, -by)
+            self._alone[tag] = self._alone.get(tag, 0) + by
 
     def ack(self, delivery_tag: str) -> None:
         """Forget a message for good: at the next tick of the loop in Redis, at once for prefetch."""
-        self.channel.acknowledgements.add(delivery_tag, self._fingerprints.pop(delivery_tag, None))
+        self.channel.owed.acknowledge(delivery_tag, self._fingerprints.pop(delivery_tag, None))
         self._let_go(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
@@ -166,6 +123,7 @@ class QoS(stock.QoS):
     def _let_go(self, tag: str) -> None:
         self._aside.discard(tag)
         self._fingerprints.pop(tag, None)
+        self._alone.pop(tag, None)
         self._quick_ack(tag)
 
     # Signs of life
@@ -210,7 +168,7 @@ class QoS(stock.QoS):
     def restore_unacked_once(self, stderr: Any = None) -> None:  # noqa: ARG002
         """Put all held messages back when the channel closes, however the broker fares: never raises.
 
-        What cannot be put back now is put back by some worker after the visibility timeout.
+        What cannot be put back now goes back with this process' next connection, or else after the visibility timeout.
         """
         self._on_collect.cancel()
         if self._delivered.restored:
@@ -219,12 +177,15 @@ class QoS(stock.QoS):
         held = self.held()
         try:
             if held and self.restore_at_shutdown and self.channel.do_restore:
-                self.channel.flush_acknowledgements()
+                self.channel.settle()
                 self.restore_unacked()
                 logger.info("Put %d unacknowledged messages back.", len(held))
         except Exception as error:  # noqa: BLE001 - a worker must not die of a broker that is away
+            self.channel.owed.give_back(self.held())
+            for tag, times in self._alone.items():
+                self.channel.owed.forgive(self._fingerprints[tag], times)
             logger.warning(
-                "Could not put %d unacknowledged messages back (%r); the visibility timeout does, in %s s.",
+                "Could not put %d unacknowledged messages back (%r): they go with the next connection, else in %s s.",
                 len(held),
                 error,
                 self.visibility_timeout,
