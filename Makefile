@@ -20,7 +20,7 @@ run: .venv/runtime ## the whole system with a small demo economy, until Ctrl-C; 
 	@exec $(BIN)/tokentrail up --demo $(ARGS)
 
 test: .venv/development ## every test, with servers of its own or those of DATABASE_URL and BROKER_URL
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
 
 check: gate test ## what a change has to pass: formats, rules, types, imports, migrations, tests
 

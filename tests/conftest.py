@@ -97,7 +97,10 @@ def empty_database_url(servers) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def _logical_databases() -> Iterator[int]:
-    return itertools.cycle(range(16))
+    # Processes of pytest-xdist that were given one broker each flush their own databases of it.
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return itertools.cycle(range(16)[number::processes])
 
 
 @pytest.fixture
