@@ -22,6 +22,7 @@ METHODS = {
         "_flush_brpop_reauth": "self",
         "_q_for_pri": "self queue pri",
         "_get": "self queue",
+        "_queue_bind": "self exchange routing_key pattern queue",
         "_size": "self queue",
         "_purge": "self queue",
         "_maybe_update_queues_expire": "self client queue",

@@ -18,6 +18,8 @@ from importlib import import_module
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
+from redis import exceptions
+
 from worker.queue import envelope
 from worker.queue.fetching import Fetched, FetchingChannel
 from worker.queue.polling import Poller
@@ -49,6 +51,15 @@ class Channel(FetchingChannel):
 
         self.connection._callbacks[queue] = deliver
         return result
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        """Bind as kombu does. A full Redis refuses, and then must be drained by workers that start or reconnect: what
+        they consume is found by its name, and the binding is written with a later connection.
+        """
+        try:
+            super()._queue_bind(exchange, routing_key, pattern, queue)
+        except exceptions.OutOfMemoryError as error:
+            logger.warning("Redis is full: %s is consumed without a note of its binding (%s).", queue, error)
 
     def _deliver_all(self, fetched: list[Fetched]) -> None:
         """Hand messages to their consumers; those that none takes, for whatever reason, go back to where they were."""
