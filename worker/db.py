@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from time import monotonic
+from typing import Any, Final, TypeVar
 
 import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from psycopg.abc import PQGen
 
 from worker.config import Settings
+
+_T = TypeVar("_T")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,13 +97,35 @@ def refuse_old_server(connection: psycopg.Connection) -> None:
         )
 
 
-def connect(url: str, settings: Settings, *, name: str = "tokentrail worker") -> psycopg.Connection:
+class _Connection(psycopg.Connection[Any]):
+    """A connection that can tell a dead peer behind a live one, such as a pooler that froze: by a clock of our own."""
+
+    answer_within: float | None = None
+
+    def wait(self, gen: PQGen[_T], interval: float = 0.1, timeout: float | None = None) -> _T:
+        """Raises OperationalError, and closes the connection, when an answer takes longer than `answer_within`."""
+        began = monotonic()
+        try:
+            return super().wait(gen, interval, self.answer_within if timeout is None else timeout)
+        except psycopg.OperationalError:
+            if timeout is None and self.answer_within is not None and monotonic() - began >= self.answer_within:
+                self.pgconn.finish()  # it may be in the middle of anything
+                raise psycopg.OperationalError(
+                    f"no answer from PostgreSQL within {self.answer_within:g} s: the connection is taken for dead"
+                ) from None
+            raise
+
+
+def connect(
+    url: str, settings: Settings, *, name: str = "tokentrail worker", answer_within: float | None = None
+) -> psycopg.Connection:
     """A connection for the ledger's batches.
 
     It gives up on locks, statements and silent peers in bounded time, so that a frozen holder of locks cannot
-    hold them for hours, and the server ends *our* session when it is we who freeze while holding them.
+    hold them for hours, and the server ends *our* session when it is we who freeze while holding them. A peer
+    whose kernel lives and acknowledges, and that says nothing, is given up after `answer_within` seconds.
     """
-    connection = psycopg.connect(
+    connection = _Connection.connect(
         url,
         autocommit=True,
         application_name=name,
@@ -109,6 +135,7 @@ def connect(url: str, settings: Settings, *, name: str = "tokentrail worker") ->
         keepalives_interval=5,
         keepalives_count=3,
     )
+    connection.answer_within = answer_within
     try:
         _prepare(connection, settings)
     except BaseException:

@@ -30,6 +30,9 @@ log = structlog.get_logger(__name__)
 FIRST_PAUSE: Final = 0.05  # seconds before the second try; doubles, with jitter
 LONGEST_PAUSE: Final = 5.0  # seconds
 
+#: Seconds that the server's own word on a statement that took too long may need to reach us.
+ANSWER_MARGIN: Final = 5.0
+
 #: After so many lock timeouts in a row the free accounts go first, so that only those that are really locked wait.
 LOCK_TRIES: Final = 3
 
@@ -84,7 +87,8 @@ class Ledger:
     def connection(self) -> psycopg.Connection[Any]:
         """The open connection, or a new one. What goes wrong here says nothing about any event."""
         if self._connection is None or self._connection.closed:
-            self._connection = connect(self._settings.database(), self._settings)
+            limit = self._settings.statement_timeout + ANSWER_MARGIN
+            self._connection = connect(self._settings.database(), self._settings, answer_within=limit)
             self._batches = 0
         return self._connection
 
