@@ -164,7 +164,7 @@ PAYLOAD_FORM: Final = "sha256(convert_to(concat({}), 'UTF8'))".format(
             "r.user_id",
             "r.amount::text",
             "CASE r.type WHEN 'accrual' THEN 'source' ELSE 'action' END",
-            "coalesce(r.source, r.action)",
+            "CASE r.type WHEN 'accrual' THEN r.source ELSE r.action END",
             "CASE WHEN r.metadata IS NOT NULL THEN 'metadata' END",
             "r.metadata::text",
             "CASE WHEN r.occurred_at IS NOT NULL THEN 'occurred_at' END",

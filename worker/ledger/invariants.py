@@ -222,7 +222,7 @@ class Broken(NamedTuple):
 def check(connection: Connection[Any], limit: int = 10) -> list[Broken]:
     """The invariants that do not hold, each with at most `limit` rows; all are asked of one moment.
 
-    The connection must not be in a transaction. Writers may go on meanwhile.
+    The connection must be in no transaction, or in one that is REPEATABLE READ. Writers may go on meanwhile.
     """
     with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")

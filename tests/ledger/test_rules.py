@@ -1,0 +1,59 @@
+"""The rules alone: what an event does to a balance."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from decimal import Context, Decimal, Inexact, Rounded, localcontext
+
+import pytest
+
+from worker.ledger.errors import SuspiciousBatch, caused_by_event
+from worker.ledger.rules import Reason, decide, too_far_ahead
+
+from .support import NOON
+
+TINY = Decimal("0.000000000000000001")
+FULL = Decimal("99999999999999999999.999999999999999999")  # 38 digits
+LESS = Decimal("99999999999999999999.999999999999999998")
+
+
+@pytest.mark.parametrize(
+    ("kind", "amount", "balance", "answer"),
+    [
+        ("accrual", "1", "0", "1"),
+        ("accrual", TINY, LESS, FULL),
+        ("accrual", TINY, FULL, Reason.BALANCE_LIMIT),
+        ("accrual", FULL, FULL, Reason.BALANCE_LIMIT),
+        ("burn", "1", "1", "0"),
+        ("burn", FULL, FULL, "0"),
+        ("burn", TINY, FULL, LESS),
+        ("burn", TINY, "0", Reason.INSUFFICIENT_TOKENS),
+        ("burn", FULL, LESS, Reason.INSUFFICIENT_TOKENS),
+    ],
+)
+def test_a_decision_is_exact_to_the_last_digit_whatever_the_ambient_context(kind, amount, balance, answer):
+    with localcontext(Context(prec=5, Emax=3, Emin=-3, traps=[Inexact, Rounded])):
+        found = decide(kind, Decimal(amount), Decimal(balance))
+    assert found == (answer if isinstance(answer, Reason) else Decimal(answer))
+
+
+def test_a_moment_more_than_a_day_ahead_is_too_far_and_none_is_not():
+    day = timedelta(days=1)
+    assert not too_far_ahead(None, NOON)
+    assert not too_far_ahead(NOON + day, NOON)
+    assert too_far_ahead(NOON + day + timedelta(microseconds=1), NOON)
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "the_events"),
+    [("22003", True), ("22P02", True), ("23505", True), ("23514", True), ("54001", True)]
+    + [(code, False) for code in ("54000", "40001", "40P01", "55P03", "57014", "53300", "42P01", "XX000", "P0001")]
+    + [(None, False)],
+)
+def test_only_what_an_event_itself_can_cause_is_held_against_it(sqlstate, the_events):
+    assert caused_by_event(sqlstate) is the_events
+
+
+def test_a_suspicious_batch_says_that_nothing_is_lost_and_what_the_first_refusal_was():
+    assert "11 events of one batch" in str(SuspiciousBatch(11, "no such thing [23514]"))
+    assert str(SuspiciousBatch(11, "no such thing [23514]")).endswith("no such thing [23514]")
