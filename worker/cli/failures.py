@@ -8,6 +8,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
 from schema.publisher import PublishError
+from worker.cli.readiness import no_database
 from worker.cli.usage import NotReady
 from worker.config import ConfigError
 from worker.db import SchemaError
@@ -32,11 +33,16 @@ def explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, _TOLD):
         return str(error), FAILED
     if isinstance(error, psycopg.Error | DBAPIError):
-        reason = error.orig if isinstance(error, DBAPIError) else error
-        return f"PostgreSQL said no: {_one_line(reason)}.", FAILED
+        return _of_postgresql(error.orig if isinstance(error, DBAPIError) else error), FAILED
     if isinstance(error, RedisError):
         return f"Redis said no: {_one_line(error)}.", FAILED
     return None, FAILED
+
+
+def _of_postgresql(error: BaseException | None) -> str:
+    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:  # no server has answered
+        return no_database(error)
+    return f"PostgreSQL said no: {_one_line(error)}."
 
 
 def _one_line(error: BaseException | None) -> str:

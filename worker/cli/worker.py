@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
-import psycopg
 import typer
-from redis.exceptions import RedisError
 
-from schema.publisher import address, unreachable
-from schema.publisher import connect as connect_broker
-from worker.cli.usage import Misused, NotReady
-from worker.config import ConfigError, settings
-from worker.db import ROOT, check_schema, connect
+from worker.cli.readiness import look_at_servers
+from worker.cli.usage import Misused
+from worker.config import settings
+from worker.db import ROOT
 from worker.processes import Child, Family
-
-if TYPE_CHECKING:
-    from worker.config import Settings
 
 #: How every worker is started. One thread: the batch is the unit of work, and events of a worker share it.
 CELERY: Final = (
@@ -49,7 +43,8 @@ def worker(
     """
     numbers = _lanes(lanes) if lanes is not None else []
     found = settings()
-    _check(found)
+    for warning in look_at_servers(found):
+        typer.echo(warning, err=True)
     name = name or f"worker-{os.getpid()}"
     command = [sys.executable, *_NO_WARNING, "-m", *CELERY, "--loglevel", found.log_level]
     if numbers:
@@ -74,23 +69,6 @@ def _supervise(children: list[Child]) -> None:
                     f"{dead.name} {dead.last_words}; it is started again in {dead.restart_later():.0f} s.", err=True
                 )
         family.stop(children, grace=None)
-
-
-def _check(found: Settings) -> None:
-    """Raise NotReady or SchemaError, in one sentence, unless both servers answer and the schema is ours."""
-    try:
-        with connect(found.database(), found) as connection:
-            if warning := check_schema(connection):
-                typer.echo(warning, err=True)
-    except psycopg.OperationalError as error:
-        raise NotReady(f"PostgreSQL does not answer: {' '.join(str(error).split())}.") from error
-    try:
-        with connect_broker(found.broker()) as broker:
-            broker.ping()
-    except (RedisError, OSError) as error:
-        raise NotReady(unreachable(address(found.broker()), error)) from error
-    except ValueError as error:
-        raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
 
 
 def _lanes(text: str) -> list[int]:
