@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 from psycopg import Connection, Cursor
 
@@ -52,6 +52,14 @@ def apply_batch(
         return batch.outcomes
 
 
+class _Moment(NamedTuple):
+    """A moment at which rows are made: as COPY and the chain write it, and the flow of its hour."""
+
+    text: str
+    micros: str
+    flow: Flow
+
+
 class _Batch:
     """What one transaction has read, decided and is about to write."""
 
@@ -66,6 +74,7 @@ class _Batch:
         self.events: dict[tuple[str, str], Event] = {}  # decided in this very batch
         self.moved: dict[str, Account] = {}
         self.flows: defaultdict[datetime, Flow] = defaultdict(Flow)
+        self.moments: dict[datetime, _Moment] = {}  # nearly always one
         self.lines: defaultdict[str, list[str]] = defaultdict(list)
         self._decided = 0
 
@@ -76,7 +85,7 @@ class _Batch:
         key = (event.user_id, event.idempotency_key)
         if earlier := self.earlier.get(key):
             if earlier.payload_hash == delivery.payload_hash:
-                return earlier.decision
+                return earlier.decision._replace(repeated=True)
             self.conflicts.append((place, delivery, earlier))
             return DeadLettered("conflict", "")  # `record` finds the words
 
@@ -92,14 +101,14 @@ class _Batch:
             return Undecided(account.balance)
         else:
             decision = self._reject(delivery, account, verdict)
-        self.earlier[key] = Earlier(delivery.payload_hash, decision._replace(repeated=True))
+        self.earlier[key] = Earlier(delivery.payload_hash, decision)
         self.events[key] = event
         return decision
 
     def _apply(self, delivery: Delivery, account: Account, after: Decimal) -> Applied:
         event, before = delivery.event, account.balance
         moment = self._moment(account)
-        created, amount = moment.isoformat(" "), chain.money(event.amount)
+        created, amount = moment.text, chain.money(event.amount)
         money_before, money_after = chain.money(before), chain.money(after)
         if account.sequence == 0:
             account.opening_balance = before
@@ -111,7 +120,7 @@ class _Batch:
             amount,
             money_before,
             money_after,
-            chain.micros(moment),
+            moment.micros,
             delivery.payload_hash,
             account.head_hash,
         )
@@ -134,7 +143,7 @@ class _Batch:
                 str(chain.VERSION),
             )
         )
-        flow = self._flow(moment)
+        flow = moment.flow
         if isinstance(event, Accrual):
             self.lines["accrual_record"].append(copy_line(user, number, amount, copy_text(event.source), created))
             flow.accruals += 1
@@ -158,7 +167,7 @@ class _Batch:
             amount,
             reason,
             balance,
-            chain.micros(moment),
+            moment.micros,
             delivery.payload_hash,
             account.rejection_head,
         )
@@ -173,7 +182,7 @@ class _Batch:
                 None if isinstance(event, Accrual) else copy_text(event.action),
                 copy_text(event.metadata),
                 None if event.occurred_at is None else event.occurred_at.isoformat(" "),
-                moment.isoformat(" "),
+                moment.text,
                 reason,
                 balance,
                 copy_bytes(delivery.payload_hash),
@@ -181,21 +190,21 @@ class _Batch:
                 str(chain.VERSION),
             )
         )
-        self._flow(moment).rejections += 1
+        moment.flow.rejections += 1
         return Rejected(account.rejections, reason, account.balance, event.amount)
 
-    def _moment(self, account: Account) -> datetime:
+    def _moment(self, account: Account) -> _Moment:
         """When the account's next row is made: now, or its last moment if the clock has gone back since."""
         assert self.now is not None
-        moment = self.now
-        if account.last_recorded_at is not None and account.last_recorded_at > moment:
-            moment = account.last_recorded_at
-        account.last_recorded_at = moment
+        when = self.now
+        if account.last_recorded_at is not None and account.last_recorded_at > when:
+            when = account.last_recorded_at
+        account.last_recorded_at = when
         self.moved[account.user_id] = account
+        if (moment := self.moments.get(when)) is None:
+            flow = self.flows[when.replace(minute=0, second=0, microsecond=0)]
+            moment = self.moments[when] = _Moment(when.isoformat(" "), chain.micros(when), flow)
         return moment
-
-    def _flow(self, moment: datetime) -> Flow:
-        return self.flows[moment.replace(minute=0, second=0, microsecond=0)]
 
     def _dead(self, delivery: Delivery, reason: DeadLetterReason, detail: str) -> DeadLettered:
         self.letters.append(Letter.of_event(reason, detail, delivery.event, delivery.origin))

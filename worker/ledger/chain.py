@@ -10,6 +10,7 @@ forms as SQL expressions: PostgreSQL alone can recompute a chain.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Final
@@ -28,18 +29,13 @@ def payload_hash(event: Event) -> bytes:
 
     An absent field is left out, so that a field added later changes no hash of events without it.
     """
-    form = (
-        _field(event.type)
-        + _field(event.user_id)
-        + _field(money(event.amount))
-        + _field("source" if isinstance(event, Accrual) else "action")
-        + _field(event.what)
-    )
+    kind = "source" if isinstance(event, Accrual) else "action"
+    content = [event.type, event.user_id, money(event.amount), kind, event.what]
     if event.metadata is not None:
-        form += _field("metadata") + _field(event.metadata)
+        content += ("metadata", event.metadata)
     if event.occurred_at is not None:
-        form += _field("occurred_at") + _field(micros(event.occurred_at))
-    return hashlib.sha256(form.encode()).digest()
+        content += ("occurred_at", micros(event.occurred_at))
+    return _sha256(content)
 
 
 def record_hash(
@@ -53,13 +49,8 @@ def record_hash(
     predecessor: bytes | None,
 ) -> bytes:
     """The hash of an account's record `sequence`. Money as `money` writes it, time as `micros` does."""
-    form = (
-        _event_form(event, str(sequence), amount)
-        + _field(before)
-        + _field(after)
-        + _closing(created_at, payload, predecessor)
-    )
-    return hashlib.sha256(form.encode()).digest()
+    closing = (before, after, created_at, payload.hex(), None if predecessor is None else predecessor.hex())
+    return _sha256((*_of_event(event, sequence, amount), *closing))
 
 
 def rejection_hash(
@@ -73,13 +64,8 @@ def rejection_hash(
     predecessor: bytes | None,
 ) -> bytes:
     """The hash of an account's rejection `number`."""
-    form = (
-        _event_form(event, str(number), amount)
-        + _field(reason)
-        + _field(balance)
-        + _closing(created_at, payload, predecessor)
-    )
-    return hashlib.sha256(form.encode()).digest()
+    closing = (reason, balance, created_at, payload.hex(), None if predecessor is None else predecessor.hex())
+    return _sha256((*_of_event(event, number, amount), *closing))
 
 
 def money(amount: Decimal) -> str:
@@ -92,25 +78,26 @@ def micros(moment: datetime) -> str:
     return str((moment - _EPOCH) // _MICROSECOND)
 
 
-def _event_form(event: Event, number: str, amount: str) -> str:
+def _of_event(event: Event, number: int, amount: str) -> tuple[str | None, ...]:
+    occurred_at = None if event.occurred_at is None else micros(event.occurred_at)
     return (
-        _field(event.user_id)
-        + _field(number)
-        + _field(event.idempotency_key)
-        + _field(event.type)
-        + _field(amount)
-        + _field(event.what)
-        + (_NULL if event.metadata is None else _field(event.metadata))
-        + (_NULL if event.occurred_at is None else _field(micros(event.occurred_at)))
+        event.user_id,
+        str(number),
+        event.idempotency_key,
+        event.type,
+        amount,
+        event.what,
+        event.metadata,
+        occurred_at,
     )
 
 
-def _closing(created_at: str, payload: bytes, predecessor: bytes | None) -> str:
-    return _field(created_at) + _field(payload.hex()) + (_NULL if predecessor is None else _field(predecessor.hex()))
-
-
-def _field(text: str) -> str:
-    return f"{len(text) if text.isascii() else len(text.encode())}:{text}"
+def _sha256(fields: Iterable[str | None]) -> bytes:
+    """The hash of the fields' form."""
+    form = [
+        _NULL if text is None else f"{len(text) if text.isascii() else len(text.encode())}:{text}" for text in fields
+    ]
+    return hashlib.sha256("".join(form).encode()).digest()
 
 
 def _sql(*expressions: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,22 +49,24 @@ class Flow:
 
 def open_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
     """Make sure that each account exists. In order, as locks are taken: two batches cannot wait for each other."""
+    # Nearly all exist, and to look first takes half as long as to try in vain.
     cursor.execute(
-        'INSERT INTO account (user_id) SELECT u FROM unnest(%s::text[]) AS u ORDER BY u COLLATE "C"'
-        " ON CONFLICT DO NOTHING",
-        (users,),
+        "INSERT INTO account (user_id) SELECT u FROM unnest(%s::text[]) AS u"
+        " WHERE NOT EXISTS (SELECT FROM account WHERE user_id = u)"
+        ' ORDER BY u COLLATE "C" ON CONFLICT DO NOTHING',
+        (_array_of_texts(users),),
     )
 
 
 def lock_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
     """Lock the accounts in order of user_id until the transaction ends."""
-    cursor.execute("SELECT FROM account WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE", (users,))
+    cursor.execute("SELECT FROM account WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE", (_array_of_texts(users),))
 
 
 def unlocked(connection: Connection[Any], users: Sequence[str]) -> set[str]:
     """Those of the accounts whose lock could be had at once; it is not kept."""
     rows = connection.execute(
-        "SELECT user_id FROM account WHERE user_id = ANY(%s) FOR UPDATE SKIP LOCKED", (list(users),)
+        "SELECT user_id FROM account WHERE user_id = ANY(%s) FOR UPDATE SKIP LOCKED", (_array_of_texts(users),)
     )
     return {row[0] for row in rows}
 
@@ -90,7 +93,7 @@ def read_accounts(cursor: Cursor[Any], users: Sequence[str]) -> tuple[dict[str, 
     cursor.execute(
         "SELECT user_id, balance, opening_balance, sequence, head_hash, rejections, rejection_head, last_recorded_at,"
         " clock_timestamp() FROM account WHERE user_id = ANY(%s)",
-        (users,),
+        (_array_of_texts(users),),
     )
     rows = cursor.fetchall()
     return {row[0]: Account(*row[:8]) for row in rows}, max(row[8] for row in rows)
@@ -109,8 +112,8 @@ def look_up(cursor: Cursor[Any], deliveries: Sequence[Delivery]) -> dict[tuple[s
         JOIN rejected_event r ON r.user_id = x.u AND r.idempotency_key = x.k
         """,
         {
-            "users": [delivery.event.user_id for delivery in deliveries],
-            "keys": [delivery.event.idempotency_key for delivery in deliveries],
+            "users": _array_of_texts([delivery.event.user_id for delivery in deliveries]),
+            "keys": _array_of_texts([delivery.event.idempotency_key for delivery in deliveries]),
         },
     )
     found: dict[tuple[str, str], Earlier] = {}
@@ -170,11 +173,13 @@ def copy_line(*fields: str | None) -> str:
 
 
 _ESCAPES: Final = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+_TO_ESCAPE: Final = re.compile(r"[\\\t\n\r]")
 
 
 def copy_text(text: str | None) -> str | None:
     """Any text as a field of a COPY line."""
-    return None if text is None else text.translate(_ESCAPES)
+    # Looked at first: most texts hold nothing to escape, and translating takes five times as long.
+    return text.translate(_ESCAPES) if text is not None and _TO_ESCAPE.search(text) else text
 
 
 def copy_bytes(value: bytes) -> str:
@@ -195,14 +200,14 @@ def move_balances(cursor: Cursor[Any], accounts: Sequence[Account]) -> None:
         WHERE account.user_id = x.user_id
         """,
         (
-            [account.user_id for account in accounts],
-            [account.balance for account in accounts],
-            [account.opening_balance for account in accounts],
-            [account.sequence for account in accounts],
-            [account.head_hash for account in accounts],
-            [account.rejections for account in accounts],
-            [account.rejection_head for account in accounts],
-            [account.last_recorded_at for account in accounts],
+            _array_of_texts([account.user_id for account in accounts]),
+            _array([account.balance for account in accounts]),
+            _array([account.opening_balance for account in accounts]),
+            _array([account.sequence for account in accounts]),
+            _array_of_bytes([account.head_hash for account in accounts]),
+            _array([account.rejections for account in accounts]),
+            _array_of_bytes([account.rejection_head for account in accounts]),
+            _array([account.last_recorded_at for account in accounts]),
         ),
     )
 
@@ -248,3 +253,18 @@ def add_to_hours(cursor: Cursor[Any], stripe: int, flows: Mapping[datetime, Flow
             [flows[hour].rejections for hour in hours],
         ),
     )
+
+
+def _array(values: Iterable[object]) -> str:
+    """An array of numbers or times as PostgreSQL reads it. For psycopg to make one takes several times as long."""
+    return f"{{{','.join(['NULL' if value is None else str(value) for value in values])}}}"
+
+
+def _array_of_texts(texts: Iterable[str]) -> str:
+    """The same of texts, which may hold anything."""
+    quoted = [f'"{escaped}"' for escaped in [text.replace("\\", r"\\").replace('"', r"\"") for text in texts]]
+    return f"{{{','.join(quoted)}}}"
+
+
+def _array_of_bytes(values: Iterable[bytes | None]) -> str:
+    return _array([None if value is None else rf"\\x{value.hex()}" for value in values])
