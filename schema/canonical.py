@@ -8,7 +8,7 @@ float, so 0.1 stays 0.1 and 18 decimals stay 18.
 from __future__ import annotations
 
 import json
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from json.encoder import encode_basestring
 from typing import Any, Final
 
@@ -50,7 +50,7 @@ def read_json(text: str | bytes) -> Any:
     """
     return json.loads(
         text,
-        parse_float=JsonNumber,
+        parse_float=_read_fraction,
         parse_int=_read_int,
         parse_constant=JsonNumber,
         object_pairs_hook=_read_object,
@@ -78,6 +78,13 @@ def plain_number(number: Decimal) -> str:
 
 def _read_int(digits: str) -> int | JsonNumber:
     return int(digits) if len(digits) <= _MAX_DIGITS else JsonNumber(digits)
+
+
+def _read_fraction(text: str) -> JsonNumber:
+    try:
+        return JsonNumber(text)
+    except InvalidOperation:  # its exponent has 19 digits or more
+        return JsonNumber("-Infinity" if text.startswith("-") else "Infinity")
 
 
 def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,7 +118,9 @@ def _write(value: object, emit: Any, order: Any, depth: int, at: str) -> None:  
         if isinstance(value, DuplicateKeys):
             raise NotCanonical(f"{at or 'it'} has the key {_short(value.name)} twice")
         if "__type__" in value and "__value__" in value:
-            raise NotCanonical(f"{at or 'it'} holds a Python {value['__type__']!s:.20}; send plain JSON")
+            tag = value["__type__"]
+            what = _short(tag) if isinstance(tag, str) else type(tag).__name__
+            raise NotCanonical(f"{at or 'it'} holds a Python {what}; send plain JSON")
         separator = "{"
         try:
             names = order(value)
@@ -119,12 +128,12 @@ def _write(value: object, emit: Any, order: Any, depth: int, at: str) -> None:  
             raise NotCanonical(f"{at or 'it'} has a key that is not a string") from None
         for name in names:
             if not isinstance(name, str):
-                raise NotCanonical(f"{at or 'it'} has the key {name!r:.40}, which is not a string")
+                raise NotCanonical(f"{at or 'it'} has the key {name!a:.40}, which is not a string")
             emit(separator)
             separator = ","
             emit(_string(name, at))
             emit(":")
-            _write(value[name], emit, order, depth - 1, f"{at}.{name:.40}" if at else f"{name:.40}")
+            _write(value[name], emit, order, depth - 1, f"{at}.{_step(name)}" if at else _step(name))
         emit("}" if names else "{}")
     elif isinstance(value, list | tuple):
         if depth == 0:
@@ -153,10 +162,15 @@ def _string(text: str, at: str) -> str:
 def _number(number: Decimal, at: str) -> str:
     exponent = number.as_tuple().exponent
     if not isinstance(exponent, int):
-        raise NotCanonical(f"{at or 'it'} is {number!s:.20}, which is not a number")
+        raise NotCanonical(f"{at or 'it'} is {number!s:.20}, which is no finite number")
     if exponent < -MAX_EXPONENT or abs(number.adjusted()) > MAX_EXPONENT:
         raise NotCanonical(f"{at or 'it'} is {number!s:.40}, beyond ten to the power of ±{MAX_EXPONENT}")
     return plain_number(number)
+
+
+def _step(name: str) -> str:
+    """A key as it may stand in a sentence: nothing that breaks the line or turns it around."""
+    return name[:40] if name.isascii() and name.isprintable() else ascii(name[:40])[1:-1][:40]
 
 
 def _short(text: str) -> str:
