@@ -162,7 +162,7 @@ def _string(text: str, at: str) -> str:
 def _number(number: Decimal, at: str) -> str:
     exponent = number.as_tuple().exponent
     if not isinstance(exponent, int):
-        raise NotCanonical(f"{at or 'it'} is {number!s:.20}, which is no finite number")
+        raise NotCanonical(f"{at or 'it'} is {number!s:.20}, which is not a number")
     if exponent < -MAX_EXPONENT or abs(number.adjusted()) > MAX_EXPONENT:
         raise NotCanonical(f"{at or 'it'} is {number!s:.40}, beyond ten to the power of ±{MAX_EXPONENT}")
     return plain_number(number)

@@ -22,9 +22,9 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from .canonical import DuplicateKeys, JsonNumber, NotCanonical, plain_number, write_json
+from .canonical import MAX_EXPONENT, DuplicateKeys, JsonNumber, NotCanonical, plain_number, write_json
 
 MAX_EVENTS: Final = 1_000  # in one tokens.apply_many
 MAX_AMOUNT: Final = 10**12  # tokens; the default, a setting of the worker
@@ -33,7 +33,10 @@ MAX_METADATA_DEPTH: Final = 8
 EARLIEST: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
 _AMOUNT = re.compile(r"[0-9]{1,20}(\.[0-9]{1,18})?", re.ASCII)
-_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+#: Hours and minutes are bounded here: later Pythons take 24:00, and ours an offset of +05:60.
+_MOMENT = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt ]([01]\d|2[0-3]):\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]([01]\d|2[0-3]):[0-5]\d)", re.ASCII
+)
 _DECIMALS: Final = 18
 _DIGITS: Final = 20  # before the point
 
@@ -44,6 +47,8 @@ def _refuse(rule: str) -> PydanticCustomError:
 
 def _untagged(value: object, tag: str) -> object:
     """What Celery's send_task makes of a Decimal or datetime: {"__type__": tag, "__value__": text}."""
+    if isinstance(value, DuplicateKeys):
+        return value  # no tag of Celery's making
     if isinstance(value, dict) and value.keys() == {"__type__", "__value__"} and value["__type__"] == tag:
         return value["__value__"]
     return value
@@ -53,7 +58,7 @@ def _amount(value: object, info: ValidationInfo) -> Decimal:
     """An exact amount: an ASCII decimal string or a JSON integer, more than 0, at most max_amount."""
     if isinstance(value, dict):
         value = _decimal_tag(value)
-    if isinstance(value, bool | float | JsonNumber):
+    if isinstance(value, bool | float | JsonNumber) and not _is_long_integer(value):
         raise _refuse('must be a string such as "1.5" or a JSON integer: other numbers lose digits on their way')
     if isinstance(value, Decimal):
         value = _plain(value)
@@ -67,6 +72,11 @@ def _amount(value: object, info: ValidationInfo) -> Decimal:
     if not 0 < amount <= limit:
         raise _refuse(f"must be more than 0 and at most {limit}")
     return amount
+
+
+def _is_long_integer(value: object) -> bool:
+    """Whether this is a JSON integer of so many digits that `read_json` does not make an int of it."""
+    return isinstance(value, JsonNumber) and value.as_tuple().exponent == 0 and value.adjusted() >= MAX_EXPONENT
 
 
 def _decimal_tag(value: object) -> object:
@@ -227,29 +237,45 @@ def event_json(event: Event) -> str:
 def _sentence(error: ValidationError) -> str:
     found = []
     for item in error.errors(include_url=False)[:3]:
-        field = ".".join(str(part) for part in item["loc"]) or "event"
+        field = ".".join(str(part) for part in item["loc"])
         match item["type"]:
             case "missing":
                 found.append(f"{field} is missing")
             case "extra_forbidden":
                 found.append(f"{_shown(field)} is not a field of this event")
+            case _ if not field or item["type"] == "invalid_key":  # the name is what cannot be read
+                found.append(f"{_shown(item['input'])} is not a field of this event")
             case _:
-                found.append(f"{field} is {_shown(item['input'])}: {_rule(item['msg'])}")
+                found.append(f"{field} is {_shown(item['input'])}: {_rule(item)}")
     return "; ".join(found) + "."
 
 
-def _rule(message: str) -> str:
-    return message[0].lower() + message[1:] if message.startswith(("String", "Input")) else message
+def _rule(item: ErrorDetails) -> str:
+    """The rule that was broken, in our words where pydantic has its own."""
+    match item["type"]:
+        case "string_type":
+            return "must be a string"
+        case "string_too_short":
+            return "must not be empty"
+        case "string_too_long":
+            return f"must be at most {item['ctx']['max_length']} characters long"
+        case "string_unicode":
+            return "must not hold half of a surrogate pair, which is not a character"
+    return item["msg"]
 
 
 def _shown(value: object) -> str:
     """A value as an error may show it: ASCII only, at most some 60 characters, whatever it is."""
     if isinstance(value, str):
-        return ascii(value if len(value) <= 60 else value[:57] + "…")  # noqa: PLR2004 - the promise above
+        text = ascii(value[:60])
+        return text if len(value) <= 60 and len(text) <= 62 else f"{text[:57].rstrip(chr(92))}...{text[0]}"  # noqa: PLR2004
     if isinstance(value, Decimal):
-        return str(value)[:60]
+        text = str(value)
+        return text if len(text) <= 60 else f"a number of {len(text)} characters"  # noqa: PLR2004 - the promise above
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]  # as the producer wrote it
     if isinstance(value, int):
         return str(value) if abs(value) < 10**40 else "an integer of more than 40 digits"
-    if value is None or isinstance(value, float):
+    if isinstance(value, float):
         return str(value)
-    return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else type(value).__name__
+    return "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list) else type(value).__name__
