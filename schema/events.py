@@ -212,7 +212,8 @@ def parse_event(data: object, *, type_: str | None = None, max_amount: int = MAX
     kind = data.get("type", type_)
     model = _MODELS.get(kind) if isinstance(kind, str) else None
     if model is None or (type_ is not None and kind != type_):
-        raise InvalidEvent(f"type is {_shown(kind)}: must be {_shown(type_) if type_ else 'accrual or burn'}.")
+        given = "missing" if kind is None and "type" not in data else _shown(kind)
+        raise InvalidEvent(f"type is {given}: must be {_shown(type_) if type_ else 'accrual or burn'}.")
     try:
         return model.model_validate(data, context={"max_amount": max_amount})
     except ValidationError as error:

@@ -173,12 +173,12 @@ def test_a_text_that_is_empty_long_or_no_text_is_refused(name, value):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"user_id": "x" * 129}, f"user_id is '{'x' * 57}\\u2026': string should have at most 128 characters."),
+        ({"user_id": "x" * 129}, f"user_id is '{'x' * 56}...': must be at most 128 characters long."),
         ({"action": ...}, "action is missing."),
         ({"acton": "typo"}, "'acton' is not a field of this event."),
         ({"source": "x"}, "'source' is not a field of this event."),
         ({"type": "mint"}, "type is 'mint': must be accrual or burn."),
-        ({"type": ...}, "type is None: must be accrual or burn."),
+        ({"type": ...}, "type is missing: must be accrual or burn."),
         ({"type": ["burn"]}, "type is a list: must be accrual or burn."),
         ({"user_id": 7, "amount": ..., "x" * 99: 1}, None),
     ],
