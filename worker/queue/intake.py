@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from itertools import count
 from typing import Any
+from uuid import UUID
 
 import structlog
 from celery.worker import state
@@ -15,7 +16,7 @@ from celery.worker.request import Request
 
 from worker.config import Settings
 from worker.ledger.outcomes import Origin
-from worker.queue.envelope import DEATHS_HEADER, RESTORES_HEADER
+from worker.queue.envelope import DEATHS_HEADER, RESTORES_HEADER, ascii_line
 
 from . import undeliverable
 from .tasks import (
@@ -46,16 +47,17 @@ _LONGEST_REPR = 500
 class Item:
     """One message in hand."""
 
-    __slots__ = ("alone", "message", "name", "number", "request", "restores", "size", "uuid", "work")
+    __slots__ = ("alone", "arguments", "message", "name", "number", "request", "restores", "size", "uuid", "work")
 
     def __init__(self, message: Any, number: int, work: Work, size: int) -> None:
         self.message = message
         self.number = number  # in order of arrival
         self.work = work
-        self.size = size  # bytes of its body
+        self.size = size  # bytes
         self.request: Request | None = None
         self.name: str = ""
         self.uuid: str = ""
+        self.arguments: str = "{}"  # as Flower shows them
         self.restores = 0
         self.alone = 0  # attempts of this worker to decide it and nothing else
 
@@ -116,10 +118,15 @@ class Intake:
             )
         except Unreadable as no:
             return self._refused(message, headers, body, call, no)
+        except Exception as bug:  # of ours, which this message triggers: it must not end the worker
+            log.exception("could not read a message", reason=repr(bug)[:300])
+            why = f"Reading it failed: {type(bug).__name__}: {ascii_line(str(bug), 200)}."
+            return self._refused(message, headers, body, None, Unreadable("internal_error", why))
         item = self._item(message, headers, work, len(body))
         item.restores = restores
-        item.request = self._request(message, headers, call)
-        self._announce(item, headers, call)
+        item.arguments = _arguments(headers, call)
+        item.request = self._request(item, headers, call)
+        self._announce(item)
         return item
 
     def finish(self, item: Item, began: float, runtime: float) -> None:
@@ -178,13 +185,15 @@ class Intake:
         origin = self._origin(message, headers, body)
         letter = letter_of(kwargs, no.reason, no.sentence, origin, type_=TYPES.get(origin.task or ""))
         work.refuse(letter)
-        log.info("message kept as a dead letter", reason=no.reason, detail=no.sentence, task=letter.origin.task)
+        log.info("message kept as a dead letter", reason=no.reason, detail=no.sentence, task=_line(letter.origin.task))
         item = self._item(message, headers, work, len(body))
-        self._announce(item, headers, call)
+        item.arguments = _arguments(headers, call)
+        self._announce(item)
         return item
 
     def _item(self, message: Any, headers: dict[str, Any], work: Work, size: int) -> Item:
-        item = Item(message, next(self._numbers), work, size)
+        # With its headers, which count as much: a batch of messages has to fit into one statement.
+        item = Item(message, next(self._numbers), work, max(size, getattr(message, "size", 0)))
         item.name = _text(headers.get("task")) or "unknown"
         item.uuid = _text(headers.get("id")) or str(message.delivery_tag)
         return item
@@ -205,8 +214,14 @@ class Intake:
             replay_of=replay_of if type(replay_of) is int and 0 < replay_of < 1 << 63 else None,
         )
 
-    def _request(self, message: Any, headers: dict[str, Any], call: list[Any]) -> Request | None:
-        """Celery's view of the message; None where its headers do not allow for one."""
+    def _request(self, item: Item, headers: dict[str, Any], call: list[Any]) -> Request | None:
+        """Celery's view of the message; None where it cannot be had.
+
+        Of the headers it gets what Flower and `inspect` show and no more: Celery counts tasks by `shadow` for ever, and
+        trusts the types of all of them.
+        """
+        message = item.message
+        trusted = {"task": headers["task"], "id": item.uuid, "argsrepr": "()", "kwargsrepr": item.arguments}
         try:
             request = Request(
                 message,
@@ -218,25 +233,22 @@ class Intake:
                 connection_errors=self._consumer.connection_errors,
                 task=self._consumer.app.tasks[headers["task"]],
                 body=(call[0], call[1], call[2]),
-                headers=headers,
+                headers=trusted,
                 decoded=True,
             )
-        except Exception as error:  # noqa: BLE001 - headers are a producer's; the event in the body counts all the same
-            log.info("headers that Celery cannot read", reason=repr(error)[:200], task=headers.get("task"))
+            state.task_reserved(request)
+        except Exception as error:  # noqa: BLE001 - properties are a producer's; the event in the body counts all the same
+            log.info("a message that Celery cannot show", reason=repr(error)[:200], task=item.name)
             return None
-        state.task_reserved(request)
         return request
 
-    def _announce(self, item: Item, headers: dict[str, Any], call: Any) -> None:
-        kwargs = headers.get("kwargsrepr")
-        if not isinstance(kwargs, str) or not kwargs:
-            kwargs = repr(call[1]) if isinstance(call, list) and len(call) > 1 else "{}"
+    def _announce(self, item: Item) -> None:
         self._send(
             "task-received",
             item,
             name=item.name,
             args="()",
-            kwargs=kwargs[:_LONGEST_REPR],
+            kwargs=item.arguments,
             root_id=item.uuid,
             parent_id=None,
             retries=0,
@@ -247,6 +259,17 @@ class Intake:
     def _send(self, kind: str, item: Item, **fields: Any) -> None:
         if self._eventer and self._eventer.enabled:
             self._eventer.send(kind, uuid=item.uuid, **fields)
+
+
+def _arguments(headers: dict[str, Any], call: object) -> str:
+    """The keyword arguments as Flower shows them: as the producer wants it, or as they came."""
+    text = headers.get("kwargsrepr")
+    if not isinstance(text, str) or not text:
+        try:
+            text = repr(call[1]) if isinstance(call, list) and len(call) > 1 else "{}"
+        except RecursionError:
+            text = "{...}"
+    return text[:_LONGEST_REPR]
 
 
 def _check_call(call: object) -> None:
@@ -274,5 +297,11 @@ def _count(headers: dict[str, Any], name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
+def _line(text: str | None) -> str | None:
+    return None if text is None else ascii_line(text, 200)
+
+
 def _text(value: object) -> str | None:
+    if isinstance(value, UUID):  # Celery's JSON has a tag for it
+        return str(value)
     return value[:200] if isinstance(value, str) and value else None

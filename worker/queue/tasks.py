@@ -94,7 +94,7 @@ def read_call(body: bytes) -> Any:
     try:
         return read_json(body)
     except (ValueError, RecursionError) as error:
-        raise Unreadable("undecodable", f"The body is not JSON: {type(error).__name__}: {error}"[:300]) from None
+        raise Unreadable("undecodable", f"The body is not JSON: {str(error)[:300]}.") from None
 
 
 def read_work(task: str, args: object, kwargs: object, origin: Origin, *, max_amount: int, final: bool = True) -> Work:
