@@ -23,6 +23,10 @@ from .rules import BALANCE_LIMIT
 MOST_TOKENS: Final = int(BALANCE_LIMIT)
 
 
+#: Characters of headers that every letter of a bulk message keeps; a thousand times a megabyte is no statement.
+_LONG_HEADERS: Final = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Letter:
     """A message, or one event of a bulk message, that could not be decided, and why."""
@@ -97,7 +101,7 @@ def keep(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None = 
             "user_id": [letter.user_id for _, letter in rows],
             "key": [letter.idempotency_key for _, letter in rows],
             "event": [letter.event for _, letter in rows],
-            "headers": [_json(letter.origin.headers) for _, letter in rows],
+            "headers": _headers([letter for _, letter in rows]),
             "body": _bodies([letter for _, letter in rows]),
             "deliveries": [count[fingerprint] for fingerprint, _ in rows],
         },
@@ -177,6 +181,20 @@ def _bodies(letters: Sequence[Letter]) -> list[bytes | None]:
     return bodies
 
 
+def _headers(letters: Sequence[Letter]) -> list[str | None]:
+    """The headers of each letter's message; long ones are kept by the first letter of a bulk message alone."""
+    found: list[str | None] = []
+    texts: dict[int, str | None] = {}
+    for letter in letters:
+        headers = letter.origin.headers
+        if id(headers) not in texts:
+            found.append(texts.setdefault(id(headers), _json(headers)))
+        else:
+            text = texts[id(headers)]
+            found.append(None if text is not None and len(text) > _LONG_HEADERS else text)
+    return found
+
+
 def _storable(text: str | None) -> str | None:
     """What PostgreSQL can store of a text that may hold anything; the body keeps the original bytes."""
     if text is None:
@@ -191,4 +209,11 @@ def _json(headers: Mapping[str, Any] | None) -> str | None:
     try:
         return json.dumps(headers, default=str, allow_nan=False)
     except (ValueError, RecursionError):
-        return json.dumps({"unreadable": ascii(headers)[:1000]})
+        return json.dumps({"unreadable": _shown(headers)})
+
+
+def _shown(headers: Mapping[str, Any]) -> str:
+    try:
+        return ascii(headers)[:1000]
+    except RecursionError:
+        return "nested too deep"

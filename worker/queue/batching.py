@@ -150,7 +150,7 @@ class Batcher:
         while self._queue:
             part = self._queue[0]
             suspect = part.item.restores >= SUSPECT
-            events += len(part.deliveries)
+            events += len(part.deliveries) + len(part.item.work.letters)  # a letter is a row like any other
             size += part.item.size
             if parts and (suspect or events > self._settings.batch_size or size > BATCH_BYTES):
                 break
@@ -188,6 +188,8 @@ class Batcher:
                 burn.deadline = part.deadline
                 self._patience.add(burn)
                 self._set_aside(item)
+                if item.alone:
+                    self._intake.try_alone(item, -item.alone)  # survived: what it waits for may be behind the culprit
                 continue
             item.work.outcomes[place] = outcome
             if isinstance(outcome, Applied) and not outcome.repeated and delivery.event.type == "accrual":

@@ -30,6 +30,10 @@ REASON_HEADER = "tokentrail_reason"
 #: What an undecodable's envelope begins with; `put_back.lua` knows it by this.
 ENVELOPE_START = f'{{"headers":{{"task":"{UNDECODABLE_TASK}"'
 
+#: Bytes of a message with its headers. A body of 16 MiB fits, in base64 or with every letter escaped; and its escapes
+#: may grow sixfold on their way into a dead letter, which has to stay below PostgreSQL's 1 GiB.
+MOST_BYTES = 128 * 1024 * 1024
+
 _NAMESPACE = UUID("5f0b6a52-97f4-4b36-9a0e-6d2c1f3f3f7e")
 
 
@@ -42,10 +46,12 @@ def parse(raw: bytes, queue: str) -> dict[str, Any]:
 
     Raises NotAMessage.
     """
+    if len(raw) > MOST_BYTES:
+        raise NotAMessage(f"it is {len(raw)} bytes long with its headers: at most {MOST_BYTES} are read")
     try:
         payload = loads(raw)
     except Exception as error:  # noqa: BLE001 - kombu's `__type__` tags run constructors on content: any exception is possible
-        raise NotAMessage(f"not readable as JSON: {type(error).__name__}: {error}"[:500]) from None
+        raise NotAMessage(f"not readable as JSON: {type(error).__name__}: {ascii_line(str(error), 200)}") from None
     if not isinstance(payload, dict):
         raise NotAMessage(f"a message is a JSON object, this is {_kind(payload)}")
     properties = _object(payload, "properties", "the message")
@@ -56,6 +62,9 @@ def parse(raw: bytes, queue: str) -> dict[str, Any]:
     for name in ("task", "id"):
         if not isinstance(headers.get(name), str | UUID | None):
             raise NotAMessage(f"{name} in headers is {_kind(headers[name])}, not text")
+    if headers.get("compression"):
+        # kombu unpacks while it builds the message, and all of it: a megabyte may be a gigabyte then.
+        raise NotAMessage("its body is compressed, send it plain")
     priority = properties.get("priority")
     if isinstance(priority, float) and not math.isfinite(priority):
         raise NotAMessage("priority in properties is not a finite number")
@@ -96,6 +105,12 @@ def undecodable(raw: bytes, queue: str, reason: str) -> dict[str, Any]:
 def text_of(payload: dict[str, Any]) -> str:
     """The envelope as it is recorded in Redis: compact, in the order in which it was made."""
     return json.dumps(payload, separators=(",", ":"))
+
+
+def ascii_line(text: str, most: int) -> str:
+    """A producer's text as it may stand in a sentence: ASCII, one line, at most `most` characters."""
+    line = ascii(text[:most])[1:-1]
+    return line if len(text) <= most and len(line) <= most else f"{line[: most - 3]}..."
 
 
 def _object(holder: dict[str, Any], name: str, where: str, default: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
+from uuid import UUID
 
-from worker.queue.envelope import REASON_HEADER, UNDECODABLE_TASK
+from worker.queue.envelope import REASON_HEADER, UNDECODABLE_TASK, ascii_line
 
 from .tasks import MAX_BODY, Unreadable
 
@@ -30,7 +31,7 @@ def check(
     """Raise Unreadable for a message that must not, or cannot, be taken as a call of one of the `known` tasks."""
     task = headers.get("task")
     if task == UNDECODABLE_TASK:
-        raise Unreadable("undecodable", f"The message cannot be read: {_shown(headers.get(REASON_HEADER))}.")
+        raise Unreadable("undecodable", f"The message cannot be read: {_why(headers.get(REASON_HEADER))}.")
     if size > MAX_BODY:
         raise Unreadable("oversized", f"The message is {size} bytes long: at most {MAX_BODY} are read.")
     if deaths >= POISONED:
@@ -44,7 +45,7 @@ def check(
     if not isinstance(content_encoding, str) or content_encoding.lower() not in _ENCODINGS:
         raise Unreadable("undecodable", f"The content encoding is {_shown(content_encoding)}; only utf-8 is read.")
     identity = headers.get("id")
-    if isinstance(identity, str) and identity in revoked:  # any JSON may stand there, and a list has no hash
+    if isinstance(identity, str | UUID) and str(identity) in revoked:  # a list, which has no hash, is no id
         raise Unreadable("revoked", "The task was revoked before it was decided.")
     _check_times(headers)
 
@@ -57,12 +58,24 @@ def _check_times(headers: Mapping[str, Any]) -> None:
         except (TypeError, ValueError):
             raise Unreadable("expired", f"expires is {_shown(expires)}, which is no moment; do not set it.") from None
         if moment.replace(tzinfo=moment.tzinfo or UTC) < datetime.now(UTC):
-            raise Unreadable("expired", f"The message expired at {expires}, before it was decided; do not set expires.")
+            raise Unreadable(
+                "expired", f"The message expired at {_shown(expires)}, before it was decided; do not set expires."
+            )
     if (eta := headers.get("eta")) is not None:
         raise Unreadable("scheduled", f"The message has an eta ({_shown(eta)}); send it when it is due instead.")
 
 
+def _why(reason: object) -> str:
+    """What our transport says; anybody can send a message for the task that it uses."""
+    return ascii_line(reason, 400) if isinstance(reason, str) else "no reason is given"
+
+
 def _shown(value: object) -> str:
     """Anything a header can hold, as ASCII and short."""
-    text = ascii(value)
+    if isinstance(value, str):
+        value = value[:80]
+    try:
+        text = ascii(value)
+    except RecursionError:
+        return f"a deep {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."  # noqa: PLR2004 - short
