@@ -1,0 +1,155 @@
+"""The worker that most people would write: one Celery task an event, one SQLAlchemy session a task.
+
+Run as `celery -A bench.naive worker -P prefork -c 2 -E` on kombu's own Redis transport. It takes the very messages that
+ours takes, and issues a naive worker's statements on our tables; what our columns ask for beyond that it fills with
+constants, as cheaply as can be: its hashes are zeros, and it checks no field.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from celery import Celery
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Identity,
+    Integer,
+    LargeBinary,
+    Numeric,
+    SmallInteger,
+    Text,
+    create_engine,
+    select,
+)
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import DeclarativeBase, Session, mapped_column
+
+app = Celery("naive", broker=os.environ["BROKER_URL"])
+app.conf.update(
+    task_ignore_result=True,
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    worker_prefetch_multiplier=4,
+    task_default_queue="tokens",
+    task_serializer="json",
+)
+engine = create_engine(os.environ["DATABASE_URL"].replace("postgresql://", "postgresql+psycopg://"))
+MONEY = Numeric(38, 18)
+STRIPE = 1
+NO_HASH = bytes(32)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Account(Base):
+    __tablename__ = "account"
+    user_id = mapped_column(Text, primary_key=True)
+    balance = mapped_column(MONEY)
+    sequence = mapped_column(BigInteger)
+    opening_balance = mapped_column(MONEY)
+    head_hash = mapped_column(LargeBinary)
+
+
+class TransactionRecord(Base):
+    __tablename__ = "transaction_record"
+    user_id = mapped_column(Text, primary_key=True)
+    sequence = mapped_column(BigInteger, primary_key=True)
+    idempotency_key = mapped_column(Text)
+    type = mapped_column(Text)
+    amount = mapped_column(MONEY)
+    balance_before = mapped_column(MONEY)
+    balance_after = mapped_column(MONEY)
+    details = mapped_column("metadata", JSON)
+    created_at = mapped_column(DateTime(timezone=True))
+    payload_hash = mapped_column(LargeBinary)
+    hash = mapped_column(LargeBinary)
+    hash_version = mapped_column(SmallInteger)
+
+
+class AccrualRecord(Base):
+    __tablename__ = "accrual_record"
+    user_id = mapped_column(Text, primary_key=True)
+    sequence = mapped_column(BigInteger, primary_key=True)
+    amount = mapped_column(MONEY)
+    source = mapped_column(Text)
+    created_at = mapped_column(DateTime(timezone=True))
+
+
+class BurnedCredit(Base):
+    __tablename__ = "burned_credit"
+    user_id = mapped_column(Text, primary_key=True)
+    id = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    sequence = mapped_column(BigInteger)
+    amount = mapped_column(MONEY)
+    action = mapped_column(Text)
+    balance_before = mapped_column(MONEY)
+    balance_after = mapped_column(MONEY)
+    created_at = mapped_column(DateTime(timezone=True))
+
+
+class GlobalTokenBalance(Base):
+    __tablename__ = "global_token_balance"
+    id = mapped_column(Integer, primary_key=True)
+    issued = mapped_column(Numeric)
+    burned = mapped_column(Numeric)
+
+
+@app.task(name="tokens.accrue")
+def accrue(source: str, **event: Any) -> str:
+    return apply("accrual", source, event)
+
+
+@app.task(name="tokens.burn")
+def burn(action: str, **event: Any) -> str:
+    return apply("burn", action, event)
+
+
+def apply(kind: str, what: str, event: dict[str, Any]) -> str:
+    amount = Decimal(event["amount"])
+    user = event["user_id"]
+    with Session(engine) as session, session.begin():
+        known = select(TransactionRecord.sequence).where(
+            TransactionRecord.user_id == user, TransactionRecord.idempotency_key == event["idempotency_key"]
+        )
+        if session.scalar(known):
+            return "duplicate"
+        session.execute(insert(Account).values(user_id=user).on_conflict_do_nothing())
+        account = session.scalar(select(Account).where(Account.user_id == user).with_for_update())
+        assert account is not None
+        before = account.balance
+        if kind == "burn" and before < amount:
+            return "rejected"
+        after = before + amount if kind == "accrual" else before - amount
+        if account.sequence == 0:
+            account.opening_balance, account.head_hash = before, NO_HASH
+        account.balance, account.sequence = after, account.sequence + 1
+        row = {"user_id": user, "sequence": account.sequence, "amount": amount, "created_at": datetime.now(UTC)}
+        moved = {"balance_before": before, "balance_after": after}
+        session.add(
+            TransactionRecord(
+                **row,
+                **moved,
+                idempotency_key=event["idempotency_key"],
+                type=kind,
+                details=event["metadata"],
+                payload_hash=NO_HASH,
+                hash=NO_HASH,
+                hash_version=1,
+            )
+        )
+        supply = session.scalar(select(GlobalTokenBalance).where(GlobalTokenBalance.id == STRIPE).with_for_update())
+        assert supply is not None
+        if kind == "accrual":
+            session.add(AccrualRecord(**row, source=what))
+            supply.issued += amount
+        else:
+            session.add(BurnedCredit(**row, **moved, action=what))
+            supply.burned += amount
+    return "applied"
