@@ -4,18 +4,30 @@ Celery's own consumer drops messages for unknown tasks, bodies that it cannot de
 leaves a line in the log. Here all of them reach `Batcher.receive`, and end as an outcome or a dead letter.
 """
 
+# mypy: disallow-subclassing-any=False
+
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from celery.worker import consumer
+
+_Blueprint: Any = consumer.Consumer.Blueprint
 
 
 class Consumer(consumer.Consumer):
     """Celery's consumer with one handler for every message."""
 
     batcher: Any  # set by worker.queue.batching.Batching
+
+    class Blueprint(_Blueprint):
+        """Celery's steps, with a mailbox of our own."""
+
+        default_steps: ClassVar = [
+            "worker.queue.control:Control" if step == "celery.worker.consumer.control:Control" else step
+            for step in _Blueprint.default_steps
+        ]
 
     def create_task_handler(self, promise: Any = None) -> Callable[[Any], None]:  # noqa: ARG002
         """What the event loop calls for each message."""

@@ -109,6 +109,7 @@ class Channel(FetchingChannel):
             payload = envelope.undecodable(item.raw, item.source.queue, reason)
             self._shield(item, envelope.text_of(payload))
             message = self._built(payload, item)
+        message.size = len(item.raw)
         return message
 
     def _built(self, payload: dict[str, Any], item: Fetched) -> Any:
@@ -131,6 +132,26 @@ class Channel(FetchingChannel):
             self._run(SHIELD, [self.unacked_key], [item.tag, f"[{text}{item.source.closing}"])
         except Exception as error:  # noqa: BLE001 - its bytes are recorded as they are, which our own restore reads
             logger.warning("Could not record an undecodable message for other transports: %r.", error)
+
+    # Broadcasts
+
+    def _handle_message(self, client: Any, response: Any) -> dict[str, Any]:
+        """What a fanout channel brought; without its data where that is no message, which would end the worker."""
+        payload: dict[str, Any] = super()._handle_message(client, response)
+        data = payload["data"]
+        if isinstance(data, str | bytes):
+            try:
+                message = self.Message(
+                    envelope.parse(data if isinstance(data, bytes) else data.encode(), ""), channel=self
+                )
+            except Exception as error:  # noqa: BLE001 - building it runs codecs on content
+                logger.warning("Dropped a broadcast that is no message: %s", envelope.ascii_line(repr(error), 200))
+                payload["data"] = None
+            else:
+                if message.errors:
+                    logger.warning("Dropped a broadcast whose body cannot be unpacked.")
+                    payload["data"] = None
+        return payload
 
     # Without a consumer
 
