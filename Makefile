@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test check gate chaos fuzz bench lock system-packages clean
+.PHONY: help run test test-matrix check gate chaos fuzz bench lock compose-env system-packages clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -21,6 +21,9 @@ run: .venv/runtime ## the whole system with a small demo economy, until Ctrl-C; 
 
 test: .venv/development ## every test, with servers of its own or those of DATABASE_URL and BROKER_URL
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
+
+test-matrix: .venv/development ## the tests on the oldest and newest Python at hand, with embedded and with Debian's servers
+	@.ci/test-matrix $(ARGS)
 
 check: gate test ## what a change has to pass: formats, rules, types, imports, migrations, tests
 
@@ -45,11 +48,21 @@ lock: .venv/development ## write both lock files anew for pyproject.toml; ARGS=-
 	@$(LOCK) --group build --output-file requirements.lock
 	@$(LOCK) --group dev --constraint requirements.lock --output-file requirements-dev.lock
 
+compose-env: ## the passwords of docker-compose.yml, made once, in .env; what is there stays
+	@umask 077; touch .env && chmod 600 .env || exit; \
+	[ -z "$$(tail -c 1 .env)" ] || echo >> .env; \
+	for name in POSTGRES_PASSWORD VALKEY_PASSWORD FLOWER_PASSWORD; do \
+		if grep -q "^$$name=" .env; then echo ".env has $$name already: it stays."; else \
+			printf '%s=%s\n' "$$name" "$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" >> .env; \
+			echo "Wrote $$name to .env."; \
+		fi; \
+	done
+
 system-packages: ## what the tests drive besides: a browser, Debian's servers (root on Debian)
 	@.ci/system-packages
 
 clean: ## remove .venv and every cache; the data of `make run` in .tokentrail stays
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf .venv .venv-matrix .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/runtime: .venv/made-in requirements.lock pyproject.toml
