@@ -1,5 +1,7 @@
 """The command `tokentrail`. Exit codes: 0 done, 1 something failed or is away, 2 the command or a setting is wrong.
 
+examples.py   what every --help shows of its command in use
+readiness.py  what a worker looks at before it starts
 failures.py   every error that a user can meet, as one sentence
 running.py    up, demo
 migrate.py    migrate
@@ -19,13 +21,13 @@ from typing import NoReturn
 import typer
 
 from worker.cli import api, configured, dead_letters, migrate, publish, reading, running, worker
+from worker.cli.examples import show_examples
 from worker.cli.failures import explain
 
 app = typer.Typer(
     name="tokentrail",
     help="Applies token accruals and burns from Redis to PostgreSQL, with an audit trail that can be proved.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(running.up)
@@ -39,6 +41,7 @@ app.command()(reading.receipt)
 app.command()(reading.supply)
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command("settings")(configured.show)
+show_examples(app)
 
 
 def main() -> NoReturn:
