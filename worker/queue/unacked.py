@@ -79,6 +79,8 @@ class QoS(stock.QoS):
         """
         if fingerprint := self._fingerprints.get(tag):
             if by > 0:
+                # Those before it are decided: were Redis not told, they would be blamed for what this one does.
+                self.channel.settle()
                 self.channel.count(ALONE + fingerprint, by)
             else:
                 self.channel.owed.forgive(fingerprint, -by)
