@@ -221,7 +221,12 @@ class Batcher:
     # The end
 
     def drain(self) -> None:
-        """Finish the batch in hand, acknowledge it, and put everything else back. The event loop no longer runs."""
+        """Finish the batch in hand, acknowledge it, and put everything else back. The event loop no longer runs.
+
+        Nothing happens the second time.
+        """
+        if self._stop.is_set():
+            return
         self._stop.set()  # also out of waiting for a database that is away
         if hasattr(self._channel, "pause"):
             self._channel.pause()

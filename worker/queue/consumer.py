@@ -29,6 +29,13 @@ class Consumer(consumer.Consumer):
             for step in _Blueprint.default_steps
         ]
 
+    def stop(self) -> None:
+        """End, with nothing left in hand. Between two connections Celery stops no step, and the ledger's thread would
+        go on waiting for a database that is away, and the process with it.
+        """
+        super().stop()
+        self.batcher.drain()
+
     def create_task_handler(self, promise: Any = None) -> Callable[[Any], None]:  # noqa: ARG002
         """What the event loop calls for each message."""
         handler: Callable[[Any], None] = self.batcher.receive
