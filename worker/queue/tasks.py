@@ -170,6 +170,8 @@ def _key(value: object) -> str | None:
 
 
 def _json(data: object) -> str | None:
+    if data is None:
+        return None
     try:
         return write_json(data)
     except (NotCanonical, RecursionError):
