@@ -26,26 +26,28 @@ from schema.answers import (
 
 from .database import Database
 
+#: Each key is asked for beside its user, though there is only one: a user given once is a condition by itself, for
+#: which PostgreSQL might read all of the user's rows. For the same reason details are looked up record by record.
 APPLIED: Final = """
-    SELECT t.user_id, t.sequence, t.type, t.amount, t.balance_before, t.balance_after, a.source, b.action,
-           t.metadata::text AS metadata, t.idempotency_key, t.occurred_at, t.created_at
-    FROM unnest(%(keys)s::text[]) AS k
-    JOIN transaction_record t ON t.user_id = %(user_id)s AND t.idempotency_key = k
-    LEFT JOIN accrual_record a ON a.user_id = t.user_id AND a.sequence = t.sequence
-    LEFT JOIN burned_credit b ON b.user_id = t.user_id AND b.sequence = t.sequence
+    SELECT t.user_id, t.sequence, t.type, t.amount, t.balance_before, t.balance_after, t.metadata::text AS metadata,
+           t.idempotency_key, t.occurred_at, t.created_at,
+           (SELECT a.source FROM accrual_record a WHERE a.user_id = t.user_id AND a.sequence = t.sequence) AS source,
+           (SELECT b.action FROM burned_credit b WHERE b.user_id = t.user_id AND b.sequence = t.sequence) AS action
+    FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
+    JOIN transaction_record t ON t.user_id = x.u AND t.idempotency_key = x.k
 """
 
 REJECTED: Final = """
     SELECT r.user_id, r.idempotency_key, r.reason, r.balance, r.number, r.created_at
-    FROM unnest(%(keys)s::text[]) AS k
-    JOIN rejected_event r ON r.user_id = %(user_id)s AND r.idempotency_key = k
+    FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
+    JOIN rejected_event r ON r.user_id = x.u AND r.idempotency_key = x.k
 """
 
 #: Of several letters under one key an open one counts, and then the newest.
 DEAD_LETTERED: Final = """
     SELECT d.user_id, d.idempotency_key, d.reason, d.detail, d.state, d.id AS dead_letter, d.last_seen_at
-    FROM unnest(%(keys)s::text[]) AS k
-    JOIN dead_letter d ON d.user_id = %(user_id)s AND d.idempotency_key = k
+    FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
+    JOIN dead_letter d ON d.user_id = x.u AND d.idempotency_key = x.k
     ORDER BY d.state = 'open', d.id
 """
 
@@ -58,7 +60,7 @@ Rows = list[dict[str, Any]]
 
 async def read_receipts(connection: AsyncConnection, user_id: str, keys: Sequence[str]) -> Receipts:
     """The receipt of each key, in this order; three look-ups however many there are."""
-    asked = {"user_id": user_id, "keys": list(dict.fromkeys(keys))}
+    asked = _asked(user_id, keys)
     async with connection.cursor(row_factory=dict_row) as cursor:
         found = [
             await (await cursor.execute(statement, asked)).fetchall()
@@ -69,7 +71,7 @@ async def read_receipts(connection: AsyncConnection, user_id: str, keys: Sequenc
 
 def read_receipts_now(connection: Connection, user_id: str, keys: Sequence[str]) -> Receipts:
     """`read_receipts` for a program without an event loop."""
-    asked = {"user_id": user_id, "keys": list(dict.fromkeys(keys))}
+    asked = _asked(user_id, keys)
     with connection.cursor(row_factory=dict_row) as cursor:
         found = [cursor.execute(statement, asked).fetchall() for statement in (APPLIED, REJECTED, DEAD_LETTERED)]
     return _receipts(user_id, keys, *found)
@@ -92,6 +94,11 @@ async def await_receipts(database: Database, user_id: str, keys: Sequence[str], 
             return found
         await asyncio.sleep(min(pause, left))
         pause = min(pause * 1.5, LAST_LOOK)
+
+
+def _asked(user_id: str, keys: Sequence[str]) -> dict[str, list[str]]:
+    distinct = list(dict.fromkeys(keys))
+    return {"users": [user_id] * len(distinct), "keys": distinct}
 
 
 def _receipts(user_id: str, keys: Sequence[str], applied: Rows, rejected: Rows, letters: Rows) -> Receipts:
