@@ -36,7 +36,7 @@ gate: .venv/development ## check without the tests
 	$(BIN)/squawk .venv/migrations.sql
 
 chaos: .venv/development ## the long tests in which processes are killed and servers go away
-	@$(BIN)/python -m pytest tests/chaos $(ARGS)
+	@TOKENTRAIL_CHAOS=long $(BIN)/python -m pytest tests/chaos --capture=no $(ARGS)
 
 fuzz: .venv/development ## messages that nobody would send, for as long as it takes
 	@$(BIN)/python -m pytest tests/fuzz $(ARGS)

@@ -1,0 +1,70 @@
+"""What a worker of the chaos suite runs: `celery` with the arguments of `tokentrail worker`, in a process of its own.
+
+The process is forked from one that has imported all that a worker needs but our application, which reads its settings
+when it is imported: a suite that kills a worker a second must not spend its time on imports.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+from celery.__main__ import main
+
+from worker.ledger.settle import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: What the process that workers are forked from imports.
+IMPORTED_BEFORE = (
+    "pytest",
+    "celery.bin.worker",
+    "celery.concurrency.thread",
+    "celery.worker.components",
+    "celery.worker.consumer",
+    "celery.worker.pidbox",
+    "kombu.transport.redis",
+    "psycopg",
+    "worker.queue.batching",
+    "worker.queue.consumer",
+    "worker.queue.transport",
+)
+
+PR_SET_PDEATHSIG = 1
+
+
+def run(arguments: Sequence[str], environment: dict[str, str], log: str, poison: str) -> None:
+    """Be a Celery worker until a signal ends it.
+
+    With `poison` the process kills itself whenever the ledger is about to decide the event with that key, as an
+    event would that crashes the interpreter.
+    """
+    if sys.platform == "linux":  # whatever kills the tests, no worker outlives them
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+    if poison:
+        _make_deadly(poison)
+    warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
+    sys.argv = list(arguments)
+    sys.exit(main())
+
+
+def _make_deadly(key: str) -> None:
+    attempt = Ledger.attempt
+
+    def deadly(ledger, deliveries, letters):
+        if any(delivery.event.idempotency_key == key for delivery in deliveries):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return attempt(ledger, deliveries, letters)
+
+    Ledger.attempt = deadly

@@ -1,0 +1,245 @@
+"""Servers that a test may break, what it publishes there, and the judgement at the end."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
+
+import psycopg
+import redis
+from brokers import PRIORITY_STEPS, eventually, key
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from schema.publisher import Publisher, PublishError
+from worker.ledger.invariants import check
+
+from .workers import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from schema.events import Event
+    from worker.embedded import PostgresServer, ValkeyServer
+
+    from .books import Books
+
+LONG = os.environ.get("TOKENTRAIL_CHAOS") == "long"
+
+#: Seconds without a sign of life after which messages of a dead worker go back. They are looked for twice as often.
+VISIBILITY_TIMEOUT = 1
+
+#: What design.md promises of a burn that is delivered ahead of its accrual: it waits `burn_patience` seconds in its
+#: worker. An accrual in the hands of a worker that dies comes back after the visibility timeout plus the interval
+#: of looking for the dead. So here patience outlasts two of these in a row, and no worker that decides outlives more.
+BURN_PATIENCE = 4
+
+#: Seconds for which both queue and `unacked` have to be empty before what has no outcome counts as lost.
+GRACE = 2
+
+LISTS = [key("tokens", step) for step in PRIORITY_STEPS]
+
+_OUTCOMES = """
+    SELECT user_id, idempotency_key, 'transaction_record' FROM transaction_record
+    UNION ALL SELECT user_id, idempotency_key, 'rejected_event' FROM rejected_event
+    UNION ALL SELECT user_id, idempotency_key, 'dead_letter' FROM dead_letter WHERE state = 'open'
+"""
+
+
+def sized(short: int, long: int) -> int:
+    """The number of `make test`, or that of `make chaos`."""
+    return long if LONG else short
+
+
+class Ground:
+    """One test's database and broker, on servers that it may break, and the workers between them."""
+
+    def __init__(self, postgres: PostgresServer, valkey: ValkeyServer, database: str, folder: Path) -> None:
+        self.postgres = postgres
+        self.valkey = valkey
+        self.database_url = urlsplit(postgres.url)._replace(path=f"/{database}").geturl()
+        self.broker_url = valkey.url
+        self.folder = folder
+        self.workers: list[Worker] = []
+        self._names = itertools.count(1)
+
+    # Workers
+
+    def start(self, *, database_url: str = "", broker_url: str = "", poison: str = "", **settings: Any) -> Worker:
+        """A worker that is starting. Settings are those of `worker.config`, by their names."""
+        settings = {"visibility_timeout": VISIBILITY_TIMEOUT, "burn_patience": BURN_PATIENCE, **settings}
+        environment = {f"TOKENTRAIL_{name.upper()}": str(value) for name, value in settings.items()}
+        environment |= {
+            "DATABASE_URL": database_url or self.database_url,
+            "BROKER_URL": broker_url or self.broker_url,
+        }
+        worker = Worker(f"w{next(self._names)}", self.folder, environment, poison)
+        self.workers.append(worker)
+        return worker
+
+    def work(self, **settings: Any) -> Worker:
+        """A worker that consumes."""
+        return self.start(**settings).ready()
+
+    # Redis
+
+    def redis(self) -> redis.Redis:
+        return redis.Redis.from_url(self.broker_url, socket_timeout=5, retry=Retry(NoBackoff(), 0))
+
+    def queued(self) -> int:
+        with self.redis() as client:
+            return sum(client.llen(name) for name in LISTS)
+
+    def held(self) -> int:
+        with self.redis() as client:
+            return max(client.hlen("unacked"), client.zcard("unacked_index"))
+
+    def publish(self, events: Sequence[Event], seconds: float = 60) -> None:
+        """Publish until all of it is acknowledged, as a producer does: what is unknown is sent again."""
+        deadline = time.monotonic() + seconds
+        with Publisher(self.broker_url, timeout=2) as publisher:
+            while events:
+                try:
+                    publisher.publish_all(events)
+                except PublishError as error:
+                    if time.monotonic() > deadline:
+                        raise
+                    events = error.events
+                    time.sleep(0.05)
+                else:
+                    return
+
+    def publish_bulk(self, events: Sequence[Event]) -> None:
+        with Publisher(self.broker_url) as publisher:
+            publisher.publish_bulk(events)
+
+    def open(self, books: Books, *, worker_of: dict[str, Any] | None = None) -> None:
+        """Fund the shared accounts by a worker that ends in good order, so that no later burn of theirs can fail."""
+        books.messages += 1
+        self.publish_bulk(books.opening())
+        funder = self.work(**(worker_of or {}))
+        eventually(lambda: self.decided() == len(books.expected), 60)
+        assert funder.stop() == 0, funder.last_words()
+
+    # PostgreSQL
+
+    def decided(self) -> int:
+        """How many outcomes there are; 0 while nobody can know."""
+        with suppress(psycopg.OperationalError), self.connect() as connection:
+            row = connection.execute(f"SELECT count(*) FROM ({_OUTCOMES})").fetchone()
+            return row[0] if row else 0
+        return 0
+
+    def connect(self) -> psycopg.Connection[Any]:
+        return psycopg.connect(self.database_url, autocommit=True, connect_timeout=5)
+
+    def holds_locks(self) -> bool:
+        """Whether some worker is in a transaction right now."""
+        with self.connect() as connection:
+            found = connection.execute(
+                "SELECT FROM pg_stat_activity WHERE application_name = 'tokentrail worker' AND xact_start IS NOT NULL"
+            )
+            return found.rowcount > 0
+
+    # The judgement
+
+    def drain(self, books: Books, seconds: float = 90) -> Verdict:
+        """Wait until nothing is left to do, and say what became of everything.
+
+        Nothing is left when queue and `unacked` are empty: with all outcomes at once, without some after a while. At
+        the deadline the verdict is spoken whatever is left.
+        """
+        deadline = time.monotonic() + seconds
+        empty_since = None
+        while time.monotonic() < deadline:
+            if self.queued() + self.held():
+                empty_since = None
+            else:
+                now = time.monotonic()
+                empty_since = empty_since or now
+                if self.decided() >= len(books.expected) or now - empty_since > GRACE:
+                    break
+            time.sleep(0.1)
+        return Verdict(self, books)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+
+
+class Verdict:
+    """What became of the books, and what Redis still holds."""
+
+    def __init__(self, ground: Ground, books: Books) -> None:
+        with ground.connect() as connection:
+            wrong = books.wrong_outcomes(connection.execute(_OUTCOMES).fetchall())
+            self.balances = books.wrong_balances(connection.execute("SELECT user_id, balance FROM account").fetchall())
+            self.broken = check(connection)
+        self.lost = wrong.pop("lost")
+        self.wrong = {what: names for what, names in wrong.items() if names}
+        self.queued, self.held = ground.queued(), ground.held()
+        self._books = books
+        self._logs = "\n".join(f"--- {worker.name}\n{worker.last_words()}" for worker in ground.workers[-3:])
+
+    def assert_nothing_lost(self, what: str) -> None:
+        """One outcome for each key and the right one, every balance and invariant, nothing left in Redis."""
+        print(f"{what}: {self}")
+        trouble = []
+        if self.lost:
+            trouble.append(f"{len(self.lost)} of {len(self._books.expected)} lost: {', '.join(self.lost[:10])}")
+        trouble += [f"{len(names)} {what}: {'; '.join(names[:10])}" for what, names in self.wrong.items()]
+        if self.balances:
+            trouble.append(f"balances: {'; '.join(self.balances[:10])}")
+        trouble += [f"broken: {broken.sentence}: {broken.rows[:3]}" for broken in self.broken]
+        if self.queued or self.held:
+            trouble.append(f"left in Redis: {self.queued} queued, {self.held} unacknowledged")
+        assert not trouble, "\n".join([*trouble, self._logs])
+
+    def __str__(self) -> str:
+        twice = len(self.wrong.get("decided twice", ()))
+        return (
+            f"{self._books.messages} messages of {len(self._books.expected)} events,"
+            f" {len(self.lost)} lost, {twice} decided twice"
+        )
+
+
+class Stream:
+    """A producer that publishes in the background, a portion at a time, whatever happens to Redis.
+
+    The events are made beforehand, so that the same seed publishes the same.
+    """
+
+    def __init__(self, ground: Ground, books: Books, messages: int, *, portion: int = 100, pause: float = 0.02) -> None:
+        events = books.messages_for(messages)
+        self._portions = [events[start : start + portion] for start in range(0, len(events), portion)]
+        self._ground, self._pause = ground, pause
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            for portion in self._portions:
+                self._ground.publish(portion)
+                time.sleep(self._pause)
+        except BaseException as failure:  # noqa: BLE001 - told to the test, in its own thread
+            self._failure = failure
+
+    @property
+    def flows(self) -> bool:
+        return self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(120)
+        assert not self._thread.is_alive(), "the producer did not come to its end"
+        if self._failure:
+            raise self._failure
