@@ -48,13 +48,9 @@ def read_json(text: str | bytes) -> Any:
     duplicate keys) is returned as a value that `write_json` and the event models refuse at its place, so
     that one bad event of many does not take the others with it.
     """
-    return json.loads(
-        text,
-        parse_float=_read_fraction,
-        parse_int=_read_int,
-        parse_constant=JsonNumber,
-        object_pairs_hook=_read_object,
-    )
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    return _DECODER.decode(text)
 
 
 def write_json(value: object, *, max_depth: int = 64, sort_keys: bool = True) -> str:
@@ -95,6 +91,12 @@ def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     marked = DuplicateKeys(found)
     marked.name = next(name for i, name in enumerate(names) if name in names[:i])
     return marked
+
+
+#: Made once: json.loads makes one for each text, which takes as long as reading a short one.
+_DECODER: Final = json.JSONDecoder(
+    parse_float=_read_fraction, parse_int=_read_int, parse_constant=JsonNumber, object_pairs_hook=_read_object
+)
 
 
 def _write(value: object, emit: Any, order: Any, depth: int, at: str) -> None:  # noqa: C901, PLR0912 - one straight list of kinds

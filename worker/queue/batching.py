@@ -77,6 +77,7 @@ class Batcher:
         self._began = 0.0
         self._queue: deque[Part] = deque()
         self._patience: Patience[Part] = Patience(settings.burn_patience)
+        self._finished: deque[tuple[Item, float, float]] = deque()  # with when it began, and how long it took
         self._bytes = 0
         self._degraded: str | None = None
         self._suspended = False
@@ -122,6 +123,7 @@ class Batcher:
             self._finish_batch()
         self._mind_intake()
         self._begin_batch()
+        self._tell()  # while the ledger works again
 
     def _tick(self) -> None:
         for part in self._patience.take_overdue():
@@ -157,6 +159,7 @@ class Batcher:
             parts.append(self._queue.popleft())
             if suspect:
                 if not part.item.alone:
+                    self._tell()  # whom it kills with it must not be those that are decided
                     self._intake.try_alone(part.item)
                 break
         return parts
@@ -197,7 +200,12 @@ class Batcher:
         item.work.letters.clear()
         if item.finished:
             self._bytes -= item.size
-            self._intake.finish(item, self._began, monotonic() - self._began)
+            self._finished.append((item, self._began, monotonic() - self._began))
+
+    def _tell(self) -> None:
+        """Acknowledge what is decided, and say so to Flower."""
+        while self._finished:
+            self._intake.finish(*self._finished.popleft())
 
     def _set_aside(self, item: Item) -> None:
         """A waiting burn does not count against prefetch: a thousand of them must not keep their accruals out."""
@@ -233,6 +241,7 @@ class Batcher:
         if self._running is not None:
             self._running.exception()  # waits
             self._finish_batch()
+        self._tell()
         self._give_back()
         self._thread.shutdown()
         self._ledger.close()

@@ -74,12 +74,15 @@ class Intake:
         self._settings = settings
         self._hostname = hostname
         self._numbers = count(1)
-        self._consumer: Any = None
+        self._app: Any = None
+        self._tasks: Any = None
+        self._errors: Any = ()
         self._eventer: Any = None
 
     def attach(self, consumer: Any) -> None:
         """Use a consumer's new connection."""
-        self._consumer = consumer
+        # Kept at hand: Celery finds each anew, in several steps, at every access.
+        self._app, self._tasks, self._errors = consumer.app, consumer.app.tasks, consumer.connection_errors
         self._eventer = consumer.event_dispatcher
         if self._eventer:
             # One PUBLISH for many events; kombu's 24 was measured to halve the throughput.
@@ -134,7 +137,7 @@ class Intake:
         decided, text = item.work.summary()
         request = item.request
         if request is None:
-            item.message.ack_log_error(log, self._consumer.connection_errors)
+            item.message.ack_log_error(log, self._errors)
             self._send("task-failed", item, exception=text, traceback=text)
             return
         request.on_accepted(os.getpid(), began)  # type: ignore[arg-type]  # celery-types says str
@@ -229,9 +232,9 @@ class Intake:
                 on_reject=message.reject_log_error,
                 hostname=self._hostname,
                 eventer=self._eventer,
-                app=self._consumer.app,
-                connection_errors=self._consumer.connection_errors,
-                task=self._consumer.app.tasks[headers["task"]],
+                app=self._app,
+                connection_errors=self._errors,
+                task=self._tasks[headers["task"]],
                 body=(call[0], call[1], call[2]),
                 headers=trusted,
                 decoded=True,
