@@ -1,0 +1,237 @@
+"""Hostile messages through a real worker: each is accounted for, and nothing else notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections import Counter
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import psycopg
+import pytest
+from brokers import PRIORITY_STEPS, eventually, key
+from celery import Celery
+from stage import Stage, accrual, burn
+
+from worker.read.history import read_history_now
+
+from . import hostile
+from .accounts import Accounts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+LONG = os.environ.get("TOKENTRAIL_FUZZ") == "long"
+
+#: Read before the tests' environment is cleared of settings.
+SEED = int(os.environ.get("TOKENTRAIL_FUZZ_SEED") or random.SystemRandom().randrange(10**6))
+
+#: Hostile messages beside the known killers, and how many of these there are between two looks at the memory.
+MESSAGES, PORTION = (200_000, 10_000) if LONG else (1_500, 500)
+HUGE, FLOODS = (6, 40) if LONG else (1, 4)
+
+#: Bytes that the worker may grow by after the first portion; the largest messages there are come before that.
+GROWTH = 48 << 20
+
+#: Seconds without any progress after which the worker is held to be stuck.
+STUCK = 120
+
+USERS = [f"regular {number}" for number in range(20)]
+
+
+class Traffic:
+    """Pushes hostile messages, with regular events among them, and never more than Redis should hold."""
+
+    def __init__(self, stage: Stage, worker: Any, accounts: Accounts) -> None:
+        self.stage, self.worker, self.accounts = stage, worker, accounts
+        self.chance = random.Random(SEED)
+        self.process = psutil.Process(worker.pid)
+        self.regular: list[tuple[str, str]] = []
+        self.balances: Counter[str] = Counter()
+        self._lists = [key("tokens", step) for step in PRIORITY_STEPS]
+
+    def send(self, messages: Sequence[bytes]) -> None:
+        for start in range(0, len(messages), 250):
+            portion = messages[start : start + 250]
+            self.accounts.enter(portion)
+            with self.stage.redis.pipeline(transaction=False) as pipeline:
+                for raw in portion:
+                    pipeline.lpush(self.chance.choice(self._lists), raw)
+                pipeline.execute()
+            self._send_regular()
+            self._wait(most=20_000)
+
+    def _send_regular(self) -> None:
+        user, name = self.chance.choice(USERS), f"r{len(self.regular)}"
+        amount = self.chance.randint(1, 100)
+        self.stage.publisher.publish_bulk([accrual(user, 2 * amount, f"{name}+"), burn(user, amount, f"{name}-")])
+        self.regular += [(user, f"{name}+"), (user, f"{name}-")]
+        self.balances[user] += amount
+
+    def drain(self) -> None:
+        self._wait(most=0)
+
+    def _wait(self, most: int) -> None:
+        """Until at most so many messages are in Redis."""
+        before, deadline = None, time.monotonic() + STUCK
+        while (left := self._left()) > most:
+            assert self.worker.poll() is None, f"the worker ended:\n{self.stage.log()[-3000:]}"
+            if left != before:
+                before, deadline = left, time.monotonic() + STUCK
+            assert time.monotonic() < deadline, f"{left} messages are stuck:\n{self.stage.log()[-3000:]}"
+            time.sleep(0.05)
+
+    def _left(self) -> int:
+        return sum(self.stage.redis.llen(name) for name in self._lists) + self.stage.redis.hlen("unacked")
+
+    def memory(self) -> int:
+        return self.process.memory_info().rss
+
+
+@pytest.fixture
+def stage(database_url, broker_url, tmp_path) -> Iterator[Stage]:
+    stage = Stage(database_url, broker_url, tmp_path)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def accounts(stage) -> Iterator[Accounts]:
+    accounts = Accounts(stage.broker_url, stage.database_url)
+    yield accounts
+    accounts.close()
+
+
+@pytest.fixture
+def traffic(stage, accounts) -> Traffic:
+    print(f"seed {SEED}: TOKENTRAIL_FUZZ_SEED={SEED} sends the same again")
+    worker = stage.start(burn_patience=0.2, log_format="json")
+    return Traffic(stage, worker, accounts)
+
+
+def test_every_hostile_message_is_accounted_for_and_harms_nobody(traffic, stage, accounts, tmp_path):
+    marker = tmp_path / "loaded"
+    killers = list(hostile.killers(marker))
+    accounts.remember(killer.raw for killer in killers)
+    traffic.send([killer.raw for killer in killers])
+    traffic.send([huge(number) for number in range(HUGE)])
+    traffic.send([hostile.message(hostile.call({"events": [number] * 1000}), hostile.BULK) for number in range(FLOODS)])
+    traffic.drain()
+
+    measured: list[int] = []  # bytes
+    for portion in hostile.made(MESSAGES, SEED, portion=PORTION):
+        traffic.send(portion)
+        traffic.drain()
+        measured.append(traffic.memory())
+
+    reasons = dict(stage.rows("SELECT reason, sum(deliveries)::bigint FROM dead_letter GROUP BY 1 ORDER BY 1"))
+    decided = {table: stage.count(table) for table in ("transaction_record", "rejected_event")}
+    print(f"{accounts.messages:,} messages, {sum(accounts.sent.values()):,} events: {decided}, dead letters {reasons}")
+    print(f"memory in MiB, after every {PORTION:,}: {[each >> 20 for each in measured]}")
+
+    assert traffic.worker.poll() is None, "the process that began is the one that is there"
+    assert len(stage.workers) == 1
+    with psycopg.connect(stage.database_url, autocommit=True) as connection:
+        assert accounts.wrong(connection, traffic.regular) == []
+        assert_known(connection, accounts, killers)
+        assert_histories_can_be_read(connection)
+    assert not marker.exists(), "a pickle or YAML was loaded"
+    assert {user: stage.balance(user) for user in traffic.balances} == {
+        user: Decimal(balance) for user, balance in traffic.balances.items()
+    }
+    assert stage.broken() == []
+    assert_every_letter_says_why(stage)
+    assert_log_is_calm(stage)
+    assert measured[-1] - measured[0] < GROWTH, "memory grows"
+
+
+def huge(number: int) -> bytes:
+    """A message whose body is about as long as one may be: below the limit, or above."""
+    most = 16 << 20
+    fields = hostile.FIELDS | {"idempotency_key": f"huge {number}", "action": "x" * (most - 300 + 300 * (number % 2))}
+    return hostile.message(hostile.call(fields))
+
+
+def assert_known(connection: psycopg.Connection[Any], accounts: Accounts, killers: list[hostile.Killer]) -> None:
+    reasons = dict(connection.execute("SELECT fingerprint, reason FROM dead_letter").fetchall())
+    assert len({killer.raw for killer in killers}) == len(killers)
+    wrong = []
+    for killer in killers:
+        found = [reasons.get(fingerprint) for fingerprint in accounts.of[killer.raw]]
+        if found != [killer.reason]:
+            wrong.append(f"{killer.name}: {found} instead of {killer.reason}")
+    assert wrong == []
+
+
+def assert_histories_can_be_read(connection: psycopg.Connection[Any]) -> None:
+    """As the API answers them, first page and last."""
+    for user, sequence in connection.execute("SELECT user_id, sequence FROM account").fetchall():
+        for page in {1, max(-(-sequence // 100), 1)}:
+            history = read_history_now(connection, user, page, 100)
+            assert history.pagination.total == sequence
+            json.loads(history.model_dump_json())
+
+
+def assert_every_letter_says_why(stage: Stage) -> None:
+    """One sentence on one line of ASCII (but for signs of ours), of a length that a table can show."""
+    details = [detail for (detail,) in stage.rows("SELECT DISTINCT detail FROM dead_letter")]
+    bad = [
+        detail
+        for detail in details
+        if not (10 < len(detail) < 700 and detail.endswith(".") and detail.isprintable() and detail[0] != " ")
+        or set(detail) - set("±…→−") - set(map(chr, range(128)))
+    ]
+    assert bad == []
+    internal = stage.rows("SELECT detail FROM dead_letter WHERE reason IN ('internal_error', 'refused_by_database')")
+    assert internal == []
+
+
+def assert_log_is_calm(stage: Stage) -> None:
+    """Nothing that a producer can write makes an error of ours, a traceback, or a line that is not JSON."""
+    lines = [line for line in stage.log().splitlines() if line.startswith("{")]
+    loud = [line for line in lines if json.loads(line).get("level") in {"error", "critical"}]
+    assert loud == []
+    assert "Traceback" not in stage.log()
+
+
+def test_hostile_broadcasts_neither_end_a_worker_nor_silence_it(traffic, stage):
+    database = stage.broker_url.rpartition("/")[2]
+    channels = [f"/{database}.celery.pidbox", f"/{database}.celeryev/worker.heartbeat", f"/{database}.celeryev"]
+    command = {"method": "ping", "arguments": {}, "destination": None}
+    bodies = [
+        *(None, [], 5, {}, {"method": []}, {"method": "no such"}, command | {"arguments": [1]}),
+        *(command | {"arguments": {"no": "such"}}, command | {"destination": 5}, command | {"reply_to": 5}),
+        *(command | {"reply_to": {"exchange": {}}, "ticket": []}, command | {"pattern": "(", "matcher": "pcre"}),
+        *({"method": "revoke", "arguments": {"task_id": {"a": []}}}, {"method": "rate_limit", "arguments": {}}),
+    ]
+    wild = [hostile.message(hostile.dumps(body), {"clock": clock}) for body in bodies for clock in (None, "x", 1e308)]
+    wild += [
+        hostile.message("", {"clock": hostile.raw("NaN")}),
+        hostile.message(hostile.dumps(command), {"clock": [1]}),
+    ]
+    wild += [killer.raw for killer in hostile.killers(stage._folder / "loaded")]
+    wild += [raw for portion in hostile.made(10_000 if LONG else 300, SEED) for raw in portion]
+    pubsub = stage.redis.pubsub()
+    for number, raw in enumerate(wild):
+        stage.redis.publish(channels[number % len(channels)] if number % 3 else channels[0], raw)
+    pubsub.close()
+
+    stage.publisher.publish(accrual("ann", 1, "a"))
+    eventually(lambda: stage.balance("ann") == 1, 60)
+    eventually(lambda: stage.in_redis() == 0)
+    assert answers_ping(stage), "it hears its operators"
+    assert traffic.worker.poll() is None
+    assert stage.count("dead_letter") == 0, "what is said on these channels is no event"
+    assert not (stage._folder / "loaded").exists()
+    loud = [line for line in stage.log().splitlines() if '"level": "critical"' in line]
+    assert loud == []
+    assert "Traceback" not in stage.log()
+
+
+def answers_ping(stage: Stage) -> bool:
+    with Celery(broker=stage.broker_url) as operator:
+        return bool(operator.control.ping(timeout=10, limit=1))
