@@ -89,6 +89,8 @@ class _Batch:
             self.conflicts.append((place, delivery, earlier))
             return DeadLettered("conflict", "")  # `record` finds the words
 
+        if delivery.refusal is not None:
+            return self._dead(delivery, *delivery.refusal)
         assert self.now is not None
         if too_far_ahead(event.occurred_at, self.now):
             return self._dead(delivery, "invalid_event", _ahead(event))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from schema.canonical import plain_number
 from schema.events import Event
+from schema.reasons import DeadLetterReason
 
 from .chain import payload_hash
 from .rules import Reason
@@ -36,6 +37,8 @@ class Delivery(NamedTuple):
     origin: Origin
     #: Whether too small a balance is the final answer. If not, the burn stays undecided and nothing is written.
     final: bool
+    #: Reason and sentence of the dead letter it becomes, unless it was decided by an earlier delivery.
+    refusal: tuple[DeadLetterReason, str] | None = None
 
     @classmethod
     def of(cls, event: Event, origin: Origin | None = None, *, final: bool = True) -> Delivery:

@@ -26,6 +26,7 @@ from .tasks import (
     MAX_BODY,
     REPLAY_HEADER,
     TYPES,
+    Refused,
     Unreadable,
     Work,
     letter_of,
@@ -99,15 +100,7 @@ class Intake:
                 headers = {**headers, **{name: call.get(name) for name in ("task", "id", "eta", "expires")}}
                 call = [call.get("args"), call.get("kwargs"), {}]
             restores = _count(headers, RESTORES_HEADER)
-            undeliverable.check(
-                headers,
-                content_type=message.content_type,
-                content_encoding=message.content_encoding,
-                size=len(body),
-                known=TASKS,
-                revoked=state.revoked,
-                deaths=_count(headers, DEATHS_HEADER),
-            )
+            refused = _refusal(message, headers, len(body))
             call = read_call(body) if call is None else call
             _check_call(call)
             origin = self._origin(message, headers, body)
@@ -125,6 +118,9 @@ class Intake:
             log.exception("could not read a message", reason=repr(bug)[:300])
             why = f"Reading it failed: {type(bug).__name__}: {ascii_line(str(bug), 200)}."
             return self._refused(message, headers, body, None, Unreadable("internal_error", why))
+        if refused is not None:
+            work.refuse_all(refused)
+            log.info("message not to be decided", reason=refused.reason, detail=refused.sentence, task=origin.task)
         item = self._item(message, headers, work, len(body))
         item.restores = restores
         item.arguments = _arguments(headers, call)
@@ -278,6 +274,23 @@ def _arguments(headers: dict[str, Any], call: object) -> str:
 def _check_call(call: object) -> None:
     if not isinstance(call, list) or len(call) != 3:  # noqa: PLR2004 - args, kwargs, embed
         raise Unreadable("undecodable", "The body is not a call: a list of args, kwargs and options.")
+
+
+def _refusal(message: Any, headers: dict[str, Any], size: int) -> Refused | None:
+    """Why a message that can be read must not be decided any more. Raises Unreadable for one that cannot be read."""
+    try:
+        undeliverable.check(
+            headers,
+            content_type=message.content_type,
+            content_encoding=message.content_encoding,
+            size=size,
+            known=TASKS,
+            revoked=state.revoked,
+            deaths=_count(headers, DEATHS_HEADER),
+        )
+    except Refused as refused:
+        return refused
+    return None
 
 
 def _glance(body: bytes, most: int) -> Any:

@@ -45,6 +45,10 @@ class Unreadable(Exception):
         return self.sentence
 
 
+class Refused(Unreadable):
+    """A call can be read, but must not be decided any more: what it asks for is kept, unless it was decided before."""
+
+
 @dataclass(slots=True)
 class Work:
     """What one message asks for: deliveries to decide and letters to keep, with the places of their outcomes."""
@@ -64,6 +68,11 @@ class Work:
         """The next event has no outcome but a dead letter."""
         self.letters.append(letter)
         self.outcomes.append(DeadLettered(letter.reason, letter.detail))
+
+    def refuse_all(self, refused: Refused) -> None:
+        """No event is decided now: each gets its earlier outcome, or a dead letter."""
+        refusal = (refused.reason, refused.sentence)
+        self.deliveries = [delivery._replace(refusal=refusal) for delivery in self.deliveries]
 
     def deliver(self, delivery: Delivery) -> None:
         """The next event is to be decided."""

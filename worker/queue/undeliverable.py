@@ -9,7 +9,7 @@ from uuid import UUID
 
 from worker.queue.envelope import REASON_HEADER, UNDECODABLE_TASK, ascii_line
 
-from .tasks import MAX_BODY, Unreadable
+from .tasks import MAX_BODY, Refused, Unreadable
 
 #: Deaths of a worker while it had a message in hand alone, after which the message is held to be the cause.
 POISONED: Final = 5
@@ -28,7 +28,10 @@ def check(
     revoked: Container[str],
     deaths: int,
 ) -> None:
-    """Raise Unreadable for a message that must not, or cannot, be taken as a call of one of the `known` tasks."""
+    """Raise Unreadable for a message that cannot be taken as a call of one of the `known` tasks.
+
+    Raises Refused, at last, for one that could be, but must not be decided any more.
+    """
     task = headers.get("task")
     if task == UNDECODABLE_TASK:
         raise Unreadable("undecodable", f"The message cannot be read: {_why(headers.get(REASON_HEADER))}.")
@@ -46,7 +49,7 @@ def check(
         raise Unreadable("undecodable", f"The content encoding is {_shown(content_encoding)}; only utf-8 is read.")
     identity = headers.get("id")
     if isinstance(identity, str | UUID) and str(identity) in revoked:  # a list, which has no hash, is no id
-        raise Unreadable("revoked", "The task was revoked before it was decided.")
+        raise Refused("revoked", "The task was revoked before it was decided.")
     _check_times(headers)
 
 
@@ -56,13 +59,13 @@ def _check_times(headers: Mapping[str, Any]) -> None:
         try:
             moment = datetime.fromisoformat(expires)
         except (TypeError, ValueError):
-            raise Unreadable("expired", f"expires is {_shown(expires)}, which is no moment; do not set it.") from None
+            raise Refused("expired", f"expires is {_shown(expires)}, which is no moment; do not set it.") from None
         if moment.replace(tzinfo=moment.tzinfo or UTC) < datetime.now(UTC):
-            raise Unreadable(
+            raise Refused(
                 "expired", f"The message expired at {_shown(expires)}, before it was decided; do not set expires."
             )
     if (eta := headers.get("eta")) is not None:
-        raise Unreadable("scheduled", f"The message has an eta ({_shown(eta)}); send it when it is due instead.")
+        raise Refused("scheduled", f"The message has an eta ({_shown(eta)}); send it when it is due instead.")
 
 
 def _why(reason: object) -> str:
