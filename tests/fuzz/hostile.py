@@ -485,7 +485,7 @@ _SPLICES = [
 
 def mutated(one: bytes, chance: random.Random, serial: int) -> bytes:
     """The message with some bytes changed; where its body is in base64, mostly inside that."""
-    inside = re.search(rb'"body": "([A-Za-z0-9+/]{8,}=*)"', one)
+    inside = re.search(rb'"body": "((?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)"', one)
     if inside and chance.random() < 0.6:
         body = _changed(base64.b64decode(inside[1]), chance).replace(b'"k"', b'"k%d"' % serial)
         return one[: inside.start(1)] + base64.b64encode(body) + one[inside.end(1) :]

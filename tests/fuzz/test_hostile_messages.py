@@ -127,6 +127,8 @@ def test_every_hostile_message_is_accounted_for_and_harms_nobody(traffic, stage,
         traffic.send(portion)
         traffic.drain()
         measured.append(traffic.memory())
+        if LONG:
+            print(f"{accounts.messages:,} messages, worker at {measured[-1] >> 20} MiB", flush=True)
 
     reasons = dict(stage.rows("SELECT reason, sum(deliveries)::bigint FROM dead_letter GROUP BY 1 ORDER BY 1"))
     decided = {table: stage.count(table) for table in ("transaction_record", "rejected_event")}
