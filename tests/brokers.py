@@ -87,6 +87,16 @@ class Broker:
         self.kill()
 
 
+class Sentinel(Broker):
+    """One of the three that watch over a master."""
+
+    def _defaults(self):
+        configuration = self.folder / f"sentinel-{self.port}.conf"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        configuration.write_text(f"port {self.port}\nbind 127.0.0.1\ndir {self.folder.as_posix()}\n")
+        return [str(configuration), "--sentinel"]
+
+
 def message(number: int = 0, queue: str = "tokens", **changes: Any) -> bytes:
     """What a producer that is not Celery would push."""
     fields = {

@@ -10,13 +10,12 @@ from decimal import Decimal
 from typing import Any
 
 import psycopg
-import redis
 from brokers import eventually
 from celery import Celery
 from celery.events import EventReceiver
 
 from schema.events import Accrual, Burn
-from schema.publisher import Publisher
+from schema.publisher import Publisher, connect
 from worker.cli.worker import CELERY
 from worker.db import ROOT
 from worker.ledger.invariants import check
@@ -29,7 +28,7 @@ class Stage:
         self.database_url = database_url
         self.broker_url = broker_url
         self.publisher = Publisher(broker_url)
-        self.redis = redis.Redis.from_url(broker_url)
+        self.redis = connect(broker_url)
         self.workers: list[subprocess.Popen[bytes]] = []
         self._folder = folder
 

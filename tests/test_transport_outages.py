@@ -13,7 +13,7 @@ from pathlib import Path
 import kombu
 import pytest
 import redis
-from brokers import OURS, Broker, consuming, eventually, free_port, key, message, queue_of
+from brokers import OURS, Broker, Sentinel, consuming, eventually, free_port, key, message, queue_of
 from kombu.asynchronous import Hub
 
 from worker.queue import envelope
@@ -243,16 +243,6 @@ def test_it_works_over_tls(server_folder, requires_program):
                 consumer.channel.settle()
         assert broker.client.llen("tokens\x06\x169") == 1
         assert broker.client.dbsize() == 1
-
-
-class Sentinel(Broker):
-    """One of the three that watch over a master."""
-
-    def _defaults(self):
-        configuration = self.folder / f"sentinel-{self.port}.conf"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        configuration.write_text(f"port {self.port}\nbind 127.0.0.1\ndir {self.folder.as_posix()}\n")
-        return [str(configuration), "--sentinel"]
 
 
 def test_it_follows_a_failover_of_three_sentinels(tmp_path):

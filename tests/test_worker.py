@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
-from brokers import eventually
+from brokers import Broker, Sentinel, eventually
 from celery import Celery
 from stage import Stage, Watcher, accrual, burn
 
@@ -219,3 +219,16 @@ def test_while_the_database_is_away_a_worker_keeps_its_messages_stops_fetching_a
     assert stage.log().count("database not available") == 1
     assert stage.log().count("database available again") == 1
     assert stage.broken() == []
+
+
+def test_a_worker_finds_its_broker_through_sentinel_by_the_same_url_as_a_publisher(database_url, tmp_path):
+    with Broker(tmp_path / "master") as master, Sentinel(tmp_path / "sentinel") as sentinel:
+        sentinel.client.execute_command("SENTINEL", "MONITOR", "tokens-master", "127.0.0.1", master.port, 1)
+        url = f"sentinel://127.0.0.1:{sentinel.port}/0?master_name=tokens-master"
+        stage = Stage(database_url, url, tmp_path)
+        try:
+            stage.start()
+            stage.publisher.publish(accrual("ann", 1, "a"))
+            eventually(lambda: stage.balance("ann") == 1)
+        finally:
+            stage.close()

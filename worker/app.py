@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
+from urllib.parse import parse_qsl
 
 from celery import Celery
 from celery.exceptions import CPendingDeprecationWarning
@@ -17,10 +19,23 @@ from worker.queue import transport
 from worker.queue.batching import Batching
 from worker.queue.tasks import ACCRUE, APPLY_MANY, BURN, read_work
 
+
+def _address(url: str) -> tuple[str, dict[str, str]]:
+    """A broker's URL as kombu takes it: what a sentinel:// URL says behind ? becomes options of its transport."""
+    if not url.startswith("sentinel://"):
+        return url, {}
+    hosts, _, query = url.partition("?")
+    return hosts, dict(parse_qsl(query))
+
+
+BROKER_URL, BROKER_OPTIONS = _address(settings().broker())
+# Celery's command line copies BROKER_URL here, as it is, and believes it more than the settings below.
+os.environ.pop("CELERY_BROKER_URL", None)
+
 app = Celery("tokentrail")
 app.config_from_object("celeryconfig")
 app.conf.update(
-    broker_url=settings().broker(),
+    broker_url=BROKER_URL,
     task_default_queue=settings().queue,
     broker_transport_options={
         # Redelivery after a worker's death; the living refresh their claim three times as often.
@@ -36,6 +51,7 @@ app.conf.update(
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
         "retry_on_timeout": False,
+        **BROKER_OPTIONS,
     },
 )
 app.steps["consumer"].add(Batching)
