@@ -5,9 +5,11 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test test-matrix check gate chaos fuzz bench lock compose-env system-packages clean
+.PHONY: help run test test-matrix check gate chaos fuzz fuzz-decoder bench lock compose-env system-packages clean
 
 BIN := .venv/bin
+PYTHON_OF_ATHERIS := python3.11
+FUZZ_SECONDS ?= 60
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK := $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --no-config \
 	--no-emit-index-url --no-emit-find-links --no-header --quiet --python-version 3.11 $(ARGS)
@@ -38,8 +40,23 @@ gate: .venv/development ## check without the tests
 chaos: .venv/development ## the long tests in which processes are killed and servers go away
 	@TOKENTRAIL_CHAOS=long $(BIN)/python -m pytest tests/chaos --capture=no $(ARGS)
 
-fuzz: .venv/development ## messages that nobody would send, for as long as it takes
-	@$(BIN)/python -m pytest tests/fuzz $(ARGS)
+fuzz: .venv/development ## messages that nobody would send, for as long as it takes; then the decoder, for a minute
+	@TOKENTRAIL_FUZZ=long $(BIN)/python -m pytest -n0 -s tests/fuzz $(ARGS)
+	@if $(PYTHON_OF_ATHERIS) -c '' 2>/dev/null; then $(MAKE) --no-print-directory fuzz-decoder; else \
+		echo "The decoder is not fuzzed by coverage: atheris needs Python 3.11, and there is none as python3.11."; fi
+
+fuzz-decoder: .venv/development .venv-fuzz/made ## the decoder alone, for FUZZ_SECONDS (60); needs Python 3.11
+	@cd tests && ../$(BIN)/python -m fuzz.corpus ../.venv-fuzz/corpus
+	@PYTHONPATH=. .venv-fuzz/bin/python tests/fuzz/decoder.py -max_total_time=$(FUZZ_SECONDS) -max_len=8192 \
+		-timeout=20 -rss_limit_mb=2048 -verbosity=0 -print_final_stats=1 -artifact_prefix=.venv-fuzz/ \
+		.venv-fuzz/found .venv-fuzz/corpus
+
+.venv-fuzz/made: requirements.lock tests/fuzz/requirements.txt
+	@echo "Making .venv-fuzz with $$($(PYTHON_OF_ATHERIS) --version)"
+	@$(PYTHON_OF_ATHERIS) -m venv --clear .venv-fuzz
+	@.venv-fuzz/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		--requirement requirements.lock --requirement tests/fuzz/requirements.txt
+	@mkdir -p .venv-fuzz/found && touch $@
 
 bench: .venv/development ## measure, beside the worker that most people would write
 	@$(BIN)/python -m bench $(ARGS)

@@ -1,4 +1,4 @@
-"""The decoding functions alone, on what coverage leads to: what they take is storable, what they refuse they refuse in words.
+"""The decoding functions alone, by coverage: what they take is storable, what they refuse they refuse in words.
 
 `make fuzz` runs this with atheris, in an environment of its own; not pytest. Arguments are libFuzzer's. An input that
 breaks a promise ends it with a traceback and is written to a file `crash-…`.
