@@ -37,7 +37,7 @@ VISIBILITY_TIMEOUT = 1
 
 #: What design.md promises of a burn that is delivered ahead of its accrual: it waits `burn_patience` seconds in its
 #: worker. An accrual in the hands of a worker that dies comes back after the visibility timeout plus the interval
-#: of looking for the dead. So here patience outlasts two of these in a row, and no worker that decides outlives more.
+#: of looking for the dead, to whoever is alive: so here patience outlasts two of these.
 BURN_PATIENCE = 4
 
 #: Seconds for which both queue and `unacked` have to be empty before what has no outcome counts as lost.
@@ -192,7 +192,8 @@ class Verdict:
         print(f"{what}: {self}")
         trouble = []
         if self.lost:
-            trouble.append(f"{len(self.lost)} of {len(self._books.expected)} lost: {', '.join(self.lost[:10])}")
+            what_of = "undecided" if self.queued or self.held else "lost"
+            trouble.append(f"{len(self.lost)} of {len(self._books.expected)} {what_of}: {', '.join(self.lost[:10])}")
         trouble += [f"{len(names)} {what}: {'; '.join(names[:10])}" for what, names in self.wrong.items()]
         if self.balances:
             trouble.append(f"balances: {'; '.join(self.balances[:10])}")
@@ -205,7 +206,7 @@ class Verdict:
         twice = len(self.wrong.get("decided twice", ()))
         return (
             f"{self._books.messages} messages of {len(self._books.expected)} events,"
-            f" {len(self.lost)} lost, {twice} decided twice"
+            f" {len(self.lost)} {'undecided' if self.queued or self.held else 'lost'}, {twice} decided twice"
         )
 
 

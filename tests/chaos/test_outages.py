@@ -38,6 +38,7 @@ def test_nothing_is_lost_and_no_worker_ends_when_redis_crashes(ground, books):
 def test_nothing_is_lost_and_no_worker_ends_when_postgresql_crashes(ground, books):
     """Stopped in immediate mode, which is a crash, while some worker is in a transaction."""
     ground.open(books)
+    ground.publish(books.hopeless(3))
     workers = [ground.work(batch_size=100) for _ in range(2)]
     in_transaction = crashes = 0
     with Stream(ground, books, MESSAGES, pause=OUTAGES / (MESSAGES / 100)):
