@@ -1,0 +1,360 @@
+"""README.md and docs/: every command in them is run, against one running system, and prints what is shown.
+
+A block of `sh` is a script. What cannot be run here is listed with its reason, and looked at otherwise. A block without
+a language right behind it shows what it prints: the same lines, with other numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg
+import pytest
+from brokers import eventually, free_port
+from celery import Celery
+from typer.testing import CliRunner
+
+from schema.events import Accrual, Burn, event_json
+from schema.publisher import Publisher
+from worker import settings_page
+from worker.cli import app as cli
+from worker.cli.examples import EXAMPLES, EXIT_CODES
+from worker.config import settings
+from worker.embedded import binaries
+from worker.ledger.outcomes import Origin
+from worker.ledger.settle import Ledger
+from worker.queue.tasks import APPLY_MANY, read_work
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+#: Lines that no test can run, and why. All of them start with make: its rules are looked at with `make -n`.
+NOT_RUN = {
+    "make run": "installs packages and stays; what it runs in the end is what the blocks are run against",
+    "make test": "is what runs this",
+    "make chaos": "takes minutes",
+    "make bench": "takes minutes",
+    "make fuzz": "takes minutes",
+    "make check": "is what runs this",
+    "make compose-env": "tests/test_compose.py runs it elsewhere, for it writes passwords",
+    "docker compose up": "needs an engine: tests/test_compose.py runs what it would start",
+}
+#: Lines that stay until they are stopped, and what they print once they work.
+STAYING = {
+    "tokentrail worker --processes 4": "-4@.* ready",
+    "tokentrail api": "api_listening",
+    "celery -A worker.app flower": "Visit me at",
+}
+#: What documents say for what a reader has.
+OF_THE_READER = {
+    "postgresql://user:password@host/database": "database_url",
+    "redis://:password@host:6379/0": "broker_url",
+    "redis://localhost:6379/0": "broker_url",
+    "http://127.0.0.1:8000": "api_url",
+    "http://127.0.0.1:5555": "flower_url",
+}
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    text: str
+    shows: str | None  # the block right behind it, if that has no language
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(language):
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        fences = list(FENCE.finditer(text))
+        for fence, following in zip(fences, [*fences, None][1:], strict=True):
+            if fence[1] == language:
+                adjacent = following and not following[1] and not text[fence.end() : following.start()].strip()
+                line = text.count("\n", 0, fence.start()) + 1
+                found.append(Block(page, line, language, fence[2], following[2] if adjacent else None))
+    return found
+
+
+class System(NamedTuple):
+    """A running `tokentrail up --demo`, a reader's folder beside it, and what it has printed."""
+
+    addresses: dict[str, str]
+    folder: Path
+    printed: str
+    environment: dict[str, str]
+
+    def as_here(self, text):
+        for said, name in OF_THE_READER.items():
+            text = text.replace(said, self.addresses[name])
+        return text
+
+    def run(self, script):
+        ended = subprocess.run(
+            ["/bin/bash", "-euo", "pipefail", "-c", script],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert ended.returncode == 0, f"{script}\n{ended.stdout}\n{ended.stderr}"
+        assert "Traceback" not in ended.stderr
+        return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def system(given):
+    """What `make run` starts, started as it says it would, in a folder as a reader's clone is."""
+    with tempfile.TemporaryDirectory(prefix="tokentrail-docs-") as parent:
+        folder = Path(parent)
+        folder.chmod(0o755)
+        for name in (".venv", "worker", "schema", "migrations", "celeryconfig.py", "pyproject.toml", "Makefile"):
+            target = Path(sys.executable).parents[1] if name == ".venv" else ROOT / name
+            (folder / name).symlink_to(target)
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "TOKENTRAIL_HOME"},
+            "TOKENTRAIL_API_PORT": str(free_port()),
+            "TOKENTRAIL_FLOWER_PORT": str(free_port()),
+        }
+        log = folder / "up.log"
+        with log.open("wb") as output:
+            up = subprocess.Popen(
+                started_by_make_run(folder), cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        try:
+            eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, 120)
+            assert up.poll() is None, log.read_text()
+            addresses = json.loads((folder / ".tokentrail" / "servers.json").read_text())
+            path = [Path(sys.executable).parent, binaries.postgres_folder(), environment["PATH"]]
+            environment |= {
+                "PATH": os.pathsep.join(map(str, path)),
+                "TOKENTRAIL_API_PORT": str(free_port()),  # of a second one: the first is taken
+                "FLOWER_PORT": str(free_port()),
+            }
+            yield System(addresses, folder, log.read_text(), environment)
+        finally:
+            up.send_signal(signal.SIGINT)
+            try:
+                up.wait(60)
+            except subprocess.TimeoutExpired:
+                up.kill()
+                up.wait()
+            shutil.rmtree(folder / ".tokentrail", ignore_errors=True)
+
+
+def started_by_make_run(folder):
+    """The last line of the rule `run`: those before it install packages."""
+    said = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    last = shlex.split(said.strip().splitlines()[-1])
+    assert last == ["exec", ".venv/bin/tokentrail", "up", "--demo"]
+    return last[1:]
+
+
+def script(block, folder):
+    """The block as bash can run it here, and the logs of what stays."""
+    lines = []
+    for line in block.text.replace("\\\n", "").splitlines():
+        command = line.partition("  #")[0].strip()
+        if command in NOT_RUN:
+            continue
+        if command in STAYING:
+            log = shlex.quote(str(folder / f"{command.split()[1]}.log"))
+            lines += [
+                f"{command} > {log} 2>&1 & echo $! >> staying",
+                f"until grep -Eq -e '{STAYING[command]}' {log}",
+                f"do kill -0 $! || {{ cat {log} >&2; exit 1; }}; sleep 0.2; done",
+            ]
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=str)
+def test_every_block_of_commands_runs_and_prints_what_is_shown(system, block, requires_program):
+    for program in ("curl", "redis-cli"):
+        if program in block.text:
+            requires_program(program)
+    staying = system.folder / "staying"
+    staying.unlink(missing_ok=True)
+    try:
+        printed = system.run(system.as_here(script(block, system.folder)))
+    finally:
+        stop(staying)
+    if block.shows is not None:
+        assert shape(printed) == shape(block.shows)
+
+
+def stop(staying):
+    for pid in map(int, staying.read_text().split()) if staying.exists() else ():
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            assert time.monotonic() < deadline, f"process {pid} does not end"
+            time.sleep(0.1)
+
+
+def shape(text):
+    """The lines without their numbers and widths."""
+    text = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "UUID", text)
+    text = re.sub(r"\d[\d,.]*", "0", text)
+    return [re.sub(r"[\s─]+", " ", line).strip() for line in text.splitlines() if line.strip(" ─")]
+
+
+def test_every_make_target_in_the_documents_exists():
+    """`make -n` fails for one that does not, and prints what it would do for one that does."""
+    said = {
+        command for page in PAGES for command in re.findall(r"(?<![\w/])make [a-z][a-z-]+(?=[`\s])", page.read_text())
+    }
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert "make run" in said
+    for command in said & {f"make {target}" for target in targets} | {
+        each for each in NOT_RUN if each.startswith("make")
+    }:
+        subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, check=True)
+    in_blocks = {line.partition("  #")[0].strip() for block in blocks("sh") for line in block.text.splitlines()}
+    assert {line for line in in_blocks if line.startswith(("make", "docker"))} <= NOT_RUN.keys()
+
+
+def test_readme_shows_what_the_demo_prints(system):
+    shown = next(block.text for block in blocks("") if "What became of them" in block.text)
+    printed, expected = shape(system.printed), shape(shown)
+    begin = printed.index(expected[0])
+    assert printed[begin : begin + len(expected) - 1] == expected[:-1]
+    assert expected[-1] in printed
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_every_block_of_python_runs_and_its_event_is_applied(system, block):
+    code = compile(system.as_here(block.text), str(block), "exec")
+    broker = system.addresses["broker_url"]
+    known = {"Publisher": Publisher, "Burn": Burn, "Accrual": Accrual}
+    with Celery(broker=broker) as app:
+        exec(code, {"app": app, **known})
+    (user,) = set(re.findall(r'"?user_id"?[:=] ?"(\w+)"', block.text))
+    (key,) = set(re.findall(r'"?idempotency_key"?[:=] ?"([\w-]+)"', block.text))
+    eventually(lambda: receipt(system, user, key)["outcome"] in {"applied", "rejected"}, 30)
+
+
+def receipt(system, user, key):
+    url = f"{system.addresses['api_url']}/api/account/receipts?userId={user}&idempotencyKey={key}"
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
+        return json.load(answer)["receipts"][0]
+
+
+def test_what_the_concepts_say_becomes_of_their_examples_becomes_of_them(system):
+    """Runs behind the blocks of the page."""
+    user = "concept-ann"
+    expected = {"order-1": "applied", "call-1": "applied", "call-2": "rejected"}
+    eventually(lambda: all(receipt(system, user, key)["outcome"] == what for key, what in expected.items()), 30)
+    assert [receipt(system, "concept-bob", key)["outcome"] for key in ("early", "late")] == ["applied", "applied"]
+    letters = json.loads(system.run(f".venv/bin/tokentrail dead-letters list --user {user} --json"))
+    assert [(each["reason"], each["idempotency_key"]) for each in letters] == [("conflict", "order-1")]
+    history = json.loads(system.run(f".venv/bin/tokentrail history {user} --json"))["transactions"]
+    table = re.findall(r"^\| (\d) \| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", page("concepts.md"), re.MULTILINE)
+    fields = ("sequence", "type", "amount", "balanceBefore", "balanceAfter")
+    assert [tuple(str(record[field]) for field in fields) for record in reversed(history)] == table
+
+
+def page(name):
+    return (ROOT / "docs" / name).read_text()
+
+
+def test_configuration_page_is_current():
+    assert page("configuration.md") == settings_page.page(), "python -m worker.settings_page > docs/configuration.md"
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for document in (*PAGES, ROOT / "ARCHITECTURE.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_an_event_costs_the_bytes_that_the_migration_page_says(database_url, monkeypatch):
+    """The tables only: indexes grow in steps."""
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    said = {
+        what: int(size)
+        for what, size in re.findall(r"^\| ([a-z ]+) \| (\d+) \|", page("audit-trail-migration.md"), re.MULTILINE)
+    }
+    tables = {
+        "accrual": ("transaction_record", "accrual_record"),
+        "burn": ("transaction_record", "burned_credit"),
+        "rejected burn": ("rejected_event",),
+    }
+    assert said.keys() == tables.keys()
+    found = settings()
+    ledger = Ledger(found, stripe=1)
+
+    def size(names):
+        with psycopg.connect(database_url) as connection:
+            return sum(connection.execute("SELECT pg_relation_size(%s)", [name]).fetchone()[0] for name in names)
+
+    count = 4000
+    for what, amount in (("rejected burn", 5), ("accrual", 1000), ("burn", "0.000777")):
+        before = size(tables[what])
+        for start in range(0, count, 500):
+            events = [json.loads(event_json(one(what, amount, n))) for n in range(start, start + 500)]
+            work = read_work(APPLY_MANY, (), {"events": events}, Origin(task=APPLY_MANY), max_amount=found.max_amount)
+            ledger.settle(work.deliveries, work.letters)
+        assert (size(tables[what]) - before) / count == pytest.approx(said[what], rel=0.1), what
+    ledger.close()
+
+
+def one(what, amount, number):
+    key = f"{what[:3]}-{number:032d}"  # as long as a UUID
+    if what == "accrual":
+        return Accrual(user_id=f"user-{number % 1000:06}", amount=amount, idempotency_key=key, source="purchase")
+    return Burn(user_id=f"user-{number % 1000:06}", amount=amount, idempotency_key=key, action="embedding")
+
+
+def test_every_command_shows_examples_that_it_understands():
+    """Of its own name, and in the words of its options."""
+    assert set(EXAMPLES) == set(commands(cli))
+    for name, examples in EXAMPLES.items():
+        shown = help_of(*name.split())
+        for example in examples:
+            assert example in shown
+            program, *arguments = shlex.split(example)
+            assert [program, *arguments[: len(name.split())]] == ["tokentrail", *name.split()]
+            assert {each for each in arguments if each.startswith("--")} <= set(re.findall(r"--[a-z-]+", shown))
+    assert EXIT_CODES in help_of()
+
+
+def help_of(*command):
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(cli, [*command, "--help"])
+    assert shown.exit_code == 0
+    return re.sub(r"\s+", " ", shown.output)
+
+
+def commands(group, prefix=""):
+    for command in group.registered_commands:
+        yield f"{prefix}{command.name or command.callback.__name__}"
+    for inner in group.registered_groups:
+        if inner.typer_instance.registered_callback is not None:
+            yield f"{prefix}{inner.name}"
+        yield from commands(inner.typer_instance, f"{prefix}{inner.name} ")
+
+
+def test_shell_completes_commands(system):
+    assert "complete -o default -F _tokentrail_completion tokentrail" in system.run("tokentrail --show-completion bash")
+    asked = 'COMP_WORDS="tokentrail dead" COMP_CWORD=1 _TOKENTRAIL_COMPLETE=complete_bash tokentrail'
+    assert system.run(asked) == "dead-letters\n"
