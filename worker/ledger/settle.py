@@ -103,7 +103,9 @@ class Ledger:
         return apply_batch(connection, deliveries, stripe=self._stripe, letters=letters)
 
     def covered(self, burns: Sequence[Delivery]) -> list[bool]:
-        """Whether each burn's account holds enough right now. No locks, no promise; all False while nobody can know."""
+        """Whether there is an answer for each burn right now, as its account holds enough or another delivery of it was
+        decided. No locks, no promise; all False while nobody can know.
+        """
         try:
             return store.covered(self.connection(), burns)
         except psycopg.Error:

@@ -72,13 +72,21 @@ def unlocked(connection: Connection[Any], users: Sequence[str]) -> set[str]:
 
 
 def covered(connection: Connection[Any], burns: Sequence[Delivery]) -> list[bool]:
-    """Whether each burn's account holds its amount; read without locks."""
+    """Whether each burn's account holds its amount, or its key is decided, by another delivery; read without locks."""
     rows = connection.execute(
         """
-        SELECT x.place FROM unnest(%s::text[], %s::numeric[]) WITH ORDINALITY AS x (user_id, amount, place)
-        JOIN account ON account.user_id = x.user_id AND account.balance >= x.amount
+        SELECT x.place
+        FROM unnest(%s::text[], %s::text[], %s::numeric[]) WITH ORDINALITY AS x (user_id, key, amount, place)
+        JOIN account a ON a.user_id = x.user_id
+        WHERE a.balance >= x.amount
+            OR EXISTS (SELECT FROM transaction_record t WHERE t.user_id = x.user_id AND t.idempotency_key = x.key)
+            OR EXISTS (SELECT FROM rejected_event r WHERE r.user_id = x.user_id AND r.idempotency_key = x.key)
         """,
-        ([burn.event.user_id for burn in burns], [burn.event.amount for burn in burns]),
+        (
+            [burn.event.user_id for burn in burns],
+            [burn.event.idempotency_key for burn in burns],
+            [burn.event.amount for burn in burns],
+        ),
     )
     places = {row[0] for row in rows}
     return [place in places for place in range(1, len(burns) + 1)]
