@@ -103,7 +103,9 @@ class System(NamedTuple):
     def as_here(self, text):
         for said, name in OF_THE_READER.items():
             text = text.replace(said, self.addresses[name])
-        return text
+        return text.replace(
+            "redis://default:password@host:6379/0", self.addresses["broker_url"].replace("//:", "//default:")
+        )
 
     def run(self, script):
         ended = subprocess.run(
@@ -251,7 +253,7 @@ def test_every_block_of_python_runs_and_its_event_is_applied(system, block):
         exec(code, {"app": app, **known})
     (user,) = set(re.findall(r'"?user_id"?[:=] ?"(\w+)"', block.text))
     (key,) = set(re.findall(r'"?idempotency_key"?[:=] ?"([\w-]+)"', block.text))
-    eventually(lambda: receipt(system, user, key)["outcome"] in {"applied", "rejected"}, 30)
+    eventually(lambda: receipt(system, user, key)["status"] in {"applied", "rejected"}, 30)
 
 
 def receipt(system, user, key):
@@ -264,8 +266,8 @@ def test_what_the_concepts_say_becomes_of_their_examples_becomes_of_them(system)
     """Runs behind the blocks of the page."""
     user = "concept-ann"
     expected = {"order-1": "applied", "call-1": "applied", "call-2": "rejected"}
-    eventually(lambda: all(receipt(system, user, key)["outcome"] == what for key, what in expected.items()), 30)
-    assert [receipt(system, "concept-bob", key)["outcome"] for key in ("early", "late")] == ["applied", "applied"]
+    eventually(lambda: all(receipt(system, user, key)["status"] == what for key, what in expected.items()), 30)
+    assert [receipt(system, "concept-bob", key)["status"] for key in ("early", "late")] == ["applied", "applied"]
     letters = json.loads(system.run(f".venv/bin/tokentrail dead-letters list --user {user} --json"))
     assert [(each["reason"], each["idempotency_key"]) for each in letters] == [("conflict", "order-1")]
     history = json.loads(system.run(f".venv/bin/tokentrail history {user} --json"))["transactions"]
