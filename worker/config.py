@@ -137,4 +137,6 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0])
     variable = name if name.isupper() else f"TOKENTRAIL_{name.upper()}"
-    return f"{variable} is not usable: {first['msg'].removeprefix('Value error, ')} (it is {first['input']!r})."
+    # Whatever stands in an address, however wrong that is, may be a password.
+    shown = "" if variable in {"DATABASE_URL", "BROKER_URL"} else f" (it is {first['input']!r})"
+    return f"{variable} is not usable: {first['msg'].removeprefix('Value error, ')}{shown}."

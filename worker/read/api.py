@@ -159,7 +159,8 @@ def listen(host: str, port: int) -> socket.socket:
         line = socket.create_server(address[:2], family=family, backlog=2048)
         return socket.socket(family, kind, socket.IPPROTO_TCP, fileno=line.detach())
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        # Python adds the address in brackets, which is said already.
+        reason = str(error.strerror).partition(" (while")[0] if isinstance(error, OSError) else error
         raise CannotListen(
             f"Cannot listen on port {port} of {host}: {reason}. Stop what listens there, or choose another port "
             "(TOKENTRAIL_API_PORT)."

@@ -1,0 +1,294 @@
+"""Every message that a person can meet when something is not as it should be: tried for real, one sentence each.
+
+A sentence says what is the case and what to do. The table is the specification: situation, command, exit code, words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psycopg
+import pytest
+from brokers import Broker, free_port
+
+from worker import config
+from worker.cli import main
+from worker.db import ROOT
+from worker.embedded import PostgresServer, discard
+
+PUBLISH = ("publish", "--type", "accrual", "--user", "alice", "--amount", "1", "--source", "shop", "--key", "k")
+
+
+@pytest.fixture
+def tokentrail(monkeypatch, capfd):
+    """`tokentrail("supply", DATABASE_URL=…)`: exit code and standard error of the command, in this process."""
+
+    def run(*arguments, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["tokentrail", *arguments])
+        config.settings.cache_clear()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code, capfd.readouterr().err
+
+    return run
+
+
+def expect(said, code, *words):
+    assert said[0] == code
+    assert said[1].startswith("tokentrail: "), said[1]
+    assert said[1].count("\n") == 1, "one sentence on one line"
+    assert "Traceback" not in said[1]
+    assert "hush" not in said[1], "no password"
+    for each in words:
+        assert each in said[1], said[1]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("DATABASE_URL", "mysql://u:hush@h/d", "DATABASE_URL is not usable: must start with postgresql://"),
+        ("BROKER_URL", "http://:hush@h", "BROKER_URL is not usable: must start with redis://"),
+        (
+            "TOKENTRAIL_BATCH_SIZE",
+            "0",
+            "TOKENTRAIL_BATCH_SIZE is not usable: Input should be greater than or equal to 1",
+        ),
+        ("TOKENTRAIL_TRANSPORT", "magic", "TOKENTRAIL_TRANSPORT is not usable: Input should be 'atomic' or 'stock'"),
+        ("TOKENTRAIL_LOG_LEVEL", "LOUD", "TOKENTRAIL_LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR, not 'LOUD'"),
+    ],
+)
+def test_setting_that_is_wrong(tokentrail, servers, variable, value, words):
+    given = {"DATABASE_URL": servers.database_url, "BROKER_URL": servers.broker_url}
+    expect(tokentrail("api", **given | {variable: value}), 2, words)
+
+
+@pytest.mark.parametrize("command", [("supply",), ("worker",), ("migrate",), ("migrate", "status"), ("history", "a")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"port": "closed"}, "Connection refused"),
+        ({"password": "hush"}, "password authentication failed"),
+        ({"database": "no_such"}, 'database "no_such" does not exist'),
+        ({"host": "no-such-host.invalid"}, "no-such-host.invalid"),
+    ],
+    ids=["server away", "wrong password", "no such database", "no such host"],
+)
+def test_postgresql_that_cannot_be_used(tokentrail, servers, command, change, words):
+    _, _, rest = servers.database_url.partition("://")
+    credentials, _, place = rest.rpartition("@")
+    address, _, database = place.partition("/")
+    user, _, password = credentials.partition(":")
+    host, _, port = address.partition(":")
+    port = str(free_port()) if change.get("port") else port
+    host, password = change.get("host", host), change.get("password", password)
+    database = change.get("database", database)
+    url = f"postgresql://{user}:{password}@{host}:{port}/{database}"
+    expect(
+        tokentrail(*command, DATABASE_URL=url, BROKER_URL=servers.broker_url),
+        1,
+        "PostgreSQL cannot be used (",
+        words,
+        "check that it runs, and that DATABASE_URL is right",
+    )
+
+
+@pytest.mark.parametrize("command", ["supply", "worker"])
+def test_database_that_is_not_migrated(tokentrail, empty_database_url, broker_url, command):
+    said = tokentrail(command, DATABASE_URL=empty_database_url, BROKER_URL=broker_url)
+    expect(said, 1, "The database has no schema yet: run `tokentrail migrate`.")
+
+
+def test_database_with_a_newer_schema_is_worked_with_and_a_stranger_is_not(tokentrail, database_url, broker_url):
+    given = {"DATABASE_URL": database_url, "BROKER_URL": broker_url}
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert tokentrail("supply", **given)[0] == 0
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE transaction_record RENAME TO hidden")
+    expect(
+        tokentrail("worker", **given), 1, "names 9999, which is not a migration of tokentrail", "a database of its own"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], None),
+        (["--maxmemory-policy", "allkeys-lru"], "has maxmemory-policy allkeys-lru, so that it forgets queues"),
+        (["--requirepass", "other"], "BROKER_URL is right"),
+        (["--rename-command", "PING", ""], "unknown command"),
+    ],
+    ids=["away", "evicts", "wrong password", "another kind of server"],
+)
+def test_redis_that_cannot_be_used(tokentrail, database_url, tmp_path, options, words):
+    with contextlib.ExitStack() as stack:
+        if words is None:
+            port, words = free_port(), "Connection refused"
+        else:
+            port = stack.enter_context(_Broker(tmp_path, *options)).port
+        url = f"redis://:hush@127.0.0.1:{port}/0" if "--requirepass" in options else f"redis://127.0.0.1:{port}/0"
+        said = tokentrail("worker", DATABASE_URL=database_url, BROKER_URL=url)
+    expect(said, 1, f"Redis at 127.0.0.1:{port}/0 ", words)
+
+
+class _Broker(Broker):
+    """Also one that refuses us."""
+
+    def _answers(self):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--maxmemory-policy", "volatile-lru", "--appendonly", "yes", "--appendfsync", "always"],
+            "maxmemory-policy volatile-lru",
+        ),
+        (["--appendonly", "no"], "has appendonly no, so that a crash loses messages"),
+        (["--appendonly", "yes", "--appendfsync", "everysec"], "has appendfsync everysec, so that the newest messages"),
+        (["--rename-command", "INFO", ""], "does not say how it is set up"),
+    ],
+)
+def test_redis_that_may_lose_messages_is_warned_of(database_url, tmp_path, options, words):
+    """The worker goes on, so it is a process: it is stopped once it has said so."""
+    with _Broker(tmp_path, *options) as broker:
+        given = {"DATABASE_URL": database_url, "BROKER_URL": broker.url}
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "worker.cli", "worker"],
+            env={**os.environ, **given},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            line = worker.stderr.readline()
+        finally:
+            worker.kill()
+            worker.wait()
+            worker.stderr.close()
+    assert line.startswith(f"Redis at 127.0.0.1:{broker.port}/0 ")
+    assert words in line
+
+
+def test_redis_that_is_too_old_is_refused():
+    """The one server that cannot be had to try with: what it would say of itself is given by hand."""
+    from worker.cli import readiness  # noqa: PLC0415
+    from worker.cli.usage import NotReady  # noqa: PLC0415
+
+    with pytest.raises(
+        NotReady, match=r"^Redis at h has version 6\.2\.14, which is too old: tokentrail needs Redis 7\.0"
+    ):
+        list(readiness._durability("Redis at h", {"redis_version": "6.2.14"}, None))
+
+
+def test_redis_that_is_full(tokentrail, tmp_path):
+    with Broker(tmp_path, "--maxmemory", "1") as broker:
+        said = tokentrail(*PUBLISH, BROKER_URL=broker.url)
+    expect(said, 1, f"Redis at 127.0.0.1:{broker.port}/0 refused the message (", "1 event not published. Its key is k.")
+
+
+def test_port_that_is_taken(tokentrail, database_url):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = tokentrail("api", "--port", str(port), DATABASE_URL=database_url)
+    expect(said, 1, f"Cannot listen on port {port} of 127.0.0.1: Address already in use. Stop what listens there, or")
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"), [("PG_BIN", "There is no initdb in /none"), ("VALKEY_SERVER", "no file")]
+)
+def test_embedded_server_that_is_not_there(tokentrail, variable, words):
+    given = {f"TOKENTRAIL_{variable}": "/none"}
+    expect(tokentrail("demo", **given), 1, words, f"TOKENTRAIL_{variable} names")
+
+
+@pytest.fixture
+def tiny_disk():
+    """A file system of 60 MB."""
+    if os.geteuid() != 0 or sys.platform != "linux":
+        pytest.skip("needs root on Linux, to mount a small file system")
+    with tempfile.TemporaryDirectory(prefix="tokentrail-tiny-") as folder:
+        Path(folder).chmod(0o755)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", folder], check=False, capture_output=True
+        )
+        if mounted.returncode:
+            pytest.skip("a file system cannot be mounted here")
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_disk_that_is_full(tokentrail, tiny_disk):
+    """First for PostgreSQL in use, then for one that shall be set up."""
+    server = PostgresServer(tiny_disk / "data", options={"max_wal_size": "32MB", "wal_keep_size": "0"}, durable=False)
+    server.start()
+    try:
+        filling = tiny_disk / "filling"
+        with contextlib.suppress(OSError), filling.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+        said = tokentrail("migrate", DATABASE_URL=server.url)
+        expect(said, 1, "PostgreSQL ", "No space left on device")
+        filling.unlink()
+    finally:
+        server.kill()
+        discard(tiny_disk / "data")
+    with contextlib.suppress(OSError), (tiny_disk / "filling").open("wb", buffering=0) as file:
+        for _ in range(50):
+            file.write(bytes(1 << 20))
+    with pytest.raises(Exception, match="No space left on device"):
+        PostgresServer(tiny_disk / "other", durable=False).start()
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The Makefile in a folder of its own."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    return tmp_path
+
+
+def make(clone, *arguments, **environment):
+    ended = subprocess.run(
+        ["make", *arguments],
+        cwd=clone,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return ended.returncode, ended.stderr
+
+
+def test_python_that_is_too_old(clone, requires_program):
+    requires_program("make")
+    old = clone / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    code, said = make(clone, "run", f"PYTHON={old}", PYTHON=str(old))
+    assert code == 2
+    assert (
+        f"There is no Python 3.11 or newer as {old}: install one, or name yours: make PYTHON=/path/to/python3." in said
+    )
+
+
+def test_python_without_venv(clone, requires_program):
+    requires_program("make")
+    bare = clone / "python3"
+    bare.write_text('#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\n')
+    bare.chmod(0o755)
+    code, said = make(clone, "run", PYTHON=str(bare))
+    assert code == 2
+    assert f"{bare} comes without venv: install it (Debian: apt-get install python3-venv), or name another" in said
