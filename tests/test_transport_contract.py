@@ -20,6 +20,7 @@ METHODS = {
         "_brpop_start": "self timeout",
         "_brpop_read": "self **options",
         "_flush_brpop_reauth": "self",
+        "_handle_message": "self client r",
         "_q_for_pri": "self queue pri",
         "_get": "self queue",
         "_queue_bind": "self exchange routing_key pattern queue",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -31,7 +32,7 @@ LONG = os.environ.get("TOKENTRAIL_FUZZ") == "long"
 SEED = int(os.environ.get("TOKENTRAIL_FUZZ_SEED") or random.SystemRandom().randrange(10**6))
 
 #: Hostile messages beside the known killers, and how many of these there are between two looks at the memory.
-MESSAGES, PORTION = (200_000, 10_000) if LONG else (1_500, 500)
+MESSAGES, PORTION = (200_000, 10_000) if LONG else (900, 300)
 HUGE, FLOODS = (6, 40) if LONG else (1, 4)
 
 #: Bytes that the worker may grow by after the first portion; the largest messages there are come before that.
@@ -200,6 +201,32 @@ def assert_log_is_calm(stage: Stage) -> None:
     assert "Traceback" not in stage.log()
 
 
+def test_flower_hears_of_each_message_when_it_comes_how_it_ends_and_why_it_failed(traffic, stage, accounts, tmp_path):
+    listener = stage.redis.pubsub(ignore_subscribe_messages=True)
+    listener.psubscribe("*.celeryev/task*")
+    while not listener.patterns:
+        listener.get_message(timeout=1)
+    traffic.send([killer.raw for killer in hostile.killers(tmp_path / "loaded")])
+    for portion in hostile.made(150, SEED):
+        traffic.send(portion)
+    traffic.drain()
+    messages = accounts.messages + len(traffic.regular) // 2
+
+    events: dict[str, list[dict[str, Any]]] = {}
+    deadline = time.monotonic() + 60
+    while len(events.get("task-succeeded", [])) + len(events.get("task-failed", [])) < messages:
+        assert time.monotonic() < deadline, {type_: len(found) for type_, found in events.items()}
+        if published := listener.get_message(timeout=1):
+            for event in json.loads(base64.b64decode(json.loads(published["data"])["body"])):
+                events.setdefault(event["type"], []).append(event)
+    listener.close()
+
+    assert len(events["task-received"]) == messages
+    assert len(events["task-succeeded"]) + len(events["task-failed"]) == messages
+    reasons = [event["exception"] for event in events["task-failed"]]
+    assert [reason for reason in reasons if "dead letter (" not in reason or not reason.endswith(".")] == []
+
+
 def test_hostile_broadcasts_neither_end_a_worker_nor_silence_it(traffic, stage):
     database = stage.broker_url.rpartition("/")[2]
     channels = [f"/{database}.celery.pidbox", f"/{database}.celeryev/worker.heartbeat", f"/{database}.celeryev"]
@@ -216,7 +243,7 @@ def test_hostile_broadcasts_neither_end_a_worker_nor_silence_it(traffic, stage):
         hostile.message(hostile.dumps(command), {"clock": [1]}),
     ]
     wild += [killer.raw for killer in hostile.killers(stage._folder / "loaded")]
-    wild += [raw for portion in hostile.made(10_000 if LONG else 300, SEED) for raw in portion]
+    wild += [raw for portion in hostile.made(10_000 if LONG else 150, SEED) for raw in portion]
     pubsub = stage.redis.pubsub()
     for number, raw in enumerate(wild):
         stage.redis.publish(channels[number % len(channels)] if number % 3 else channels[0], raw)
