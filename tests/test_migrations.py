@@ -183,7 +183,7 @@ def test_deploying_over_a_newer_schema_leaves_it_as_it_is(database_url, tokentra
 def test_a_failure_is_one_sentence_and_an_exit_code(empty_database_url, tokentrail_migrate):
     code, _, nowhere = tokentrail_migrate("postgresql://app@127.0.0.1:1/none")
     assert code == 1
-    assert nowhere.startswith("tokentrail: PostgreSQL said no: connection failed")
+    assert nowhere.startswith("tokentrail: PostgreSQL cannot be used (connection failed")
     assert nowhere.count("\n") == 1
 
     with psycopg.connect(empty_database_url) as connection:

@@ -21,6 +21,7 @@ METHODS = {
         "_brpop_read": "self **options",
         "_flush_brpop_reauth": "self",
         "_handle_message": "self client r",
+        "_deliver_fanout_message": "self message exchange",
         "_q_for_pri": "self queue pri",
         "_get": "self queue",
         "_queue_bind": "self exchange routing_key pattern queue",

@@ -49,12 +49,12 @@ def test_nothing_is_lost_when_consumers_are_killed_at_any_instant(broker_url):
             client.lpush("tokens", *[message(number) for number in range(start, start + 1000)])
         kills = 0
         deadline = time.monotonic() + 9
-        while time.monotonic() < deadline and client.llen("tokens"):
+        while client.llen("tokens") and (time.monotonic() < deadline or kills < 5):
             with process(broker_url):
                 time.sleep(random.uniform(0, 0.3))
             kills += 1
         print(f"{kills} kills, {client.scard('done')} done by then")
-        assert kills > 3
+        assert kills > 3, "the machine was so fast that too few were killed with work in hand"
         with process(broker_url):
             eventually(lambda: all_done(client, count), 60)
 

@@ -133,7 +133,7 @@ def test_every_hostile_message_is_accounted_for_and_harms_nobody(traffic, stage,
 
     reasons = dict(stage.rows("SELECT reason, sum(deliveries)::bigint FROM dead_letter GROUP BY 1 ORDER BY 1"))
     decided = {table: stage.count(table) for table in ("transaction_record", "rejected_event")}
-    print(f"{accounts.messages:,} messages, {sum(accounts.sent.values()):,} events: {decided}, dead letters {reasons}")
+    print(f"{accounts.messages:,} messages, {accounts.total:,} events: {decided}, dead letters {reasons}")
     print(f"memory in MiB, after every {PORTION:,}: {[each >> 20 for each in measured]}")
 
     assert traffic.worker.poll() is None, "the process that began is the one that is there"
