@@ -137,7 +137,7 @@ class Channel(FetchingChannel):
     # Broadcasts
 
     def _handle_message(self, client: Any, response: Any) -> dict[str, Any]:
-        """What a fanout channel brought; without its data where reading it fails in a way that kombu does not expect."""
+        """What a fanout channel brought; without its data where reading it fails as kombu does not expect."""
         payload: dict[str, Any] = super()._handle_message(client, response)
         try:
             if isinstance(payload["data"], str | bytes):
