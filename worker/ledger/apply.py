@@ -271,6 +271,8 @@ def _shown(value: object) -> str:
     if isinstance(value, Decimal):
         return plain_number(value)
     text = value.isoformat() if isinstance(value, datetime) else str(value)
+    if not text.isprintable():  # nothing that breaks the line or turns it around
+        text = ascii(text[:60])[1:-1]
     return text if len(text) <= 60 else f"{text[:57]}…"  # noqa: PLR2004 - a sentence, not a dump
 
 
