@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -282,7 +283,11 @@ def test_wrong_setting_is_a_sentence_and_exit_code_2(tokentrail, monkeypatch):
 def test_publish_with_standard_input_closed_says_so(broker_url):
     """As a service manager may start it."""
     ended = subprocess.run(
-        f"exec {sys.executable} -m worker.cli publish - <&-", shell=True, capture_output=True, text=True, check=False
+        f"exec {shlex.quote(sys.executable)} -m worker.cli publish - <&-",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "tokentrail: Cannot read -: it is closed.\n"

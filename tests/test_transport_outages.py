@@ -265,7 +265,7 @@ def test_it_follows_a_failover_of_three_sentinels(tmp_path):
             transport = f"{SentinelTransport.__module__}:SentinelTransport"
             master.client.lpush("tokens", message(1))
             done = []
-            deadline = time.monotonic() + 40
+            deadline = time.monotonic() + 120
             while set(done) != {1, 2} and time.monotonic() < deadline:
                 connection = kombu.Connection(url, transport=transport, transport_options=options)
                 try:
