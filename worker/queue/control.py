@@ -61,9 +61,13 @@ class Control(control.Control):
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """What kombu logs of a command that fails, without the traceback, whose last line the message has."""
-    record.exc_info = None
+    """A line of kombu's about a command or broadcast that fails, with the reason instead of a traceback."""
+    if record.exc_info and (record.name == "kombu.pidbox" or "Cannot process event" in str(record.msg)):
+        error = record.exc_info[1]
+        record.msg = f"{ascii_line(record.getMessage(), 300)}: {type(error).__name__}: {ascii_line(str(error), 200)}"
+        record.args, record.exc_info = (), None
     return True
 
 
-logging.getLogger("kombu.pidbox").addFilter(_in_one_line)
+for name in ("kombu.pidbox", "kombu.transport.redis"):
+    logging.getLogger(name).addFilter(_in_one_line)
