@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from functools import reduce
 from typing import Any, NamedTuple
 
-from psycopg import Connection, Cursor
+from psycopg import Connection, Cursor, Rollback
 
 from schema.canonical import plain_number
 from schema.events import Accrual, Event
@@ -36,20 +36,18 @@ def apply_batch(
     few whatever the batch's size. `clock` stands in for the server's in tests.
     Raises what PostgreSQL raises; the transaction is then rolled back.
     """
+    users = sorted({delivery.event.user_id for delivery in deliveries})
     with connection.transaction(), connection.cursor() as cursor:
-        batch = _Batch(stripe)
-        if deliveries:
-            users = sorted({delivery.event.user_id for delivery in deliveries})
-            store.open_accounts(cursor, users)
-            store.lock_accounts(cursor, users)
-            batch.accounts, now = store.read_accounts(cursor, users)
-            batch.now = clock or now
-            # Only under the locks: by now a concurrent delivery of the same key has committed or not begun.
-            batch.earlier = store.look_up(cursor, deliveries)
-            batch.outcomes = [batch.decide(delivery) for delivery in deliveries]
-        batch.letters.extend(letters)
-        batch.record(cursor)
-        return batch.outcomes
+        accounts = store.lock_accounts(cursor, users) if users else {}
+        if len(accounts) == len(users):
+            return _Batch(stripe, accounts, letters).run(cursor, deliveries, clock)
+        raise Rollback
+    # Some users are new. Only once the locks are let go: who opens accounts while holding others' can end up waiting
+    # for a batch that waits for those.
+    with connection.transaction(), connection.cursor() as cursor:
+        store.open_accounts(cursor, users)
+        accounts = store.lock_accounts(cursor, users)
+        return _Batch(stripe, accounts, letters).run(cursor, deliveries, clock)
 
 
 class _Moment(NamedTuple):
@@ -63,13 +61,13 @@ class _Moment(NamedTuple):
 class _Batch:
     """What one transaction has read, decided and is about to write."""
 
-    def __init__(self, stripe: int) -> None:
+    def __init__(self, stripe: int, accounts: Mapping[str, Account], letters: Iterable[Letter]) -> None:
         self.stripe = stripe
-        self.accounts: dict[str, Account] = {}
+        self.accounts = accounts
+        self.letters = list(letters)
         self.earlier: dict[tuple[str, str], Earlier] = {}
         self.now: datetime | None = None
         self.outcomes: list[Outcome] = []
-        self.letters: list[Letter] = []
         self.conflicts: list[tuple[int, Delivery, Earlier]] = []
         self.events: dict[tuple[str, str], Event] = {}  # decided in this very batch
         self.moved: dict[str, Account] = {}
@@ -77,6 +75,15 @@ class _Batch:
         self.moments: dict[datetime, _Moment] = {}  # nearly always one
         self.lines: defaultdict[str, list[str]] = defaultdict(list)
         self._decided = 0
+
+    def run(self, cursor: Cursor[Any], deliveries: Sequence[Delivery], clock: datetime | None) -> list[Outcome]:
+        """Look up, decide, record. The accounts are locked."""
+        if deliveries:
+            self.earlier, now = store.look_up(cursor, deliveries)
+            self.now = clock or now
+            self.outcomes = [self.decide(delivery) for delivery in deliveries]
+        self.record(cursor)
+        return self.outcomes
 
     def decide(self, delivery: Delivery) -> Outcome:
         """The answer to one delivery; what it means is noted for `record`."""

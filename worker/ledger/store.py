@@ -49,7 +49,6 @@ class Flow:
 
 def open_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
     """Make sure that each account exists. In order, as locks are taken: two batches cannot wait for each other."""
-    # Nearly all exist, and to look first takes half as long as to try in vain.
     cursor.execute(
         "INSERT INTO account (user_id) SELECT u FROM unnest(%s::text[]) AS u"
         " WHERE NOT EXISTS (SELECT FROM account WHERE user_id = u)"
@@ -58,9 +57,18 @@ def open_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
     )
 
 
-def lock_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
-    """Lock the accounts in order of user_id until the transaction ends."""
-    cursor.execute("SELECT FROM account WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE", (_array_of_texts(users),))
+def lock_accounts(cursor: Cursor[Any], users: Sequence[str]) -> dict[str, Account]:
+    """Those of the accounts that exist, locked in order of user_id until the transaction ends.
+
+    A row that had to be waited for comes as it is after the wait, not as the statement's snapshot knew it: under READ
+    COMMITTED, FOR UPDATE reads the newest version anew (PostgreSQL's manual, 13.2.1).
+    """
+    cursor.execute(
+        "SELECT user_id, balance, opening_balance, sequence, head_hash, rejections, rejection_head, last_recorded_at"
+        " FROM account WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE",
+        (_array_of_texts(users),),
+    )
+    return {row[0]: Account(*row) for row in cursor}
 
 
 def unlocked(connection: Connection[Any], users: Sequence[str]) -> set[str]:
@@ -92,30 +100,22 @@ def covered(connection: Connection[Any], burns: Sequence[Delivery]) -> list[bool
     return [place in places for place in range(1, len(burns) + 1)]
 
 
-def read_accounts(cursor: Cursor[Any], users: Sequence[str]) -> tuple[dict[str, Account], datetime]:
-    """The locked accounts, and the clock.
+def look_up(cursor: Cursor[Any], deliveries: Sequence[Delivery]) -> tuple[dict[tuple[str, str], Earlier], datetime]:
+    """What the deliveries' keys already stand for, and the clock.
 
-    A statement of its own, begun when the locks are held: the locking one may have waited, and its snapshot is
-    from before the wait.
+    A statement of its own, begun when the locks are held, so that no one else is deciding the keys: the snapshot of
+    the locking statement, which may have waited, is from before the wait. So would its clock be.
     """
     cursor.execute(
-        "SELECT user_id, balance, opening_balance, sequence, head_hash, rejections, rejection_head, last_recorded_at,"
-        " clock_timestamp() FROM account WHERE user_id = ANY(%s)",
-        (_array_of_texts(users),),
-    )
-    rows = cursor.fetchall()
-    return {row[0]: Account(*row[:8]) for row in rows}, max(row[8] for row in rows)
-
-
-def look_up(cursor: Cursor[Any], deliveries: Sequence[Delivery]) -> dict[tuple[str, str], Earlier]:
-    """What the deliveries' keys already stand for. Under the locks, so that no one else is deciding them."""
-    cursor.execute(
         """
-        SELECT x.u, x.k, t.payload_hash, t.sequence, t.balance_before, t.balance_after, NULL, NULL
+        SELECT NULL AS u, NULL AS k, NULL::bytea, NULL::bigint, NULL::numeric, NULL::numeric, NULL, NULL::numeric,
+            clock_timestamp()
+        UNION ALL
+        SELECT x.u, x.k, t.payload_hash, t.sequence, t.balance_before, t.balance_after, NULL, NULL, NULL
         FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
         JOIN transaction_record t ON t.user_id = x.u AND t.idempotency_key = x.k
         UNION ALL
-        SELECT x.u, x.k, r.payload_hash, r.number, r.balance, NULL, r.reason, r.amount
+        SELECT x.u, x.k, r.payload_hash, r.number, r.balance, NULL, r.reason, r.amount, NULL
         FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
         JOIN rejected_event r ON r.user_id = x.u AND r.idempotency_key = x.k
         """,
@@ -124,15 +124,16 @@ def look_up(cursor: Cursor[Any], deliveries: Sequence[Delivery]) -> dict[tuple[s
             "keys": _array_of_texts([delivery.event.idempotency_key for delivery in deliveries]),
         },
     )
+    (*_, now), *rows = cursor.fetchall()
     found: dict[tuple[str, str], Earlier] = {}
-    for user, key, payload, number, balance, after, reason, amount in cursor:
+    for user, key, payload, number, balance, after, reason, amount, _ in rows:
         decision: Decision = (
             Applied(number, balance, after, repeated=True)
             if reason is None
             else Rejected(number, Reason(reason), balance, amount, repeated=True)
         )
         found[user, key] = Earlier(payload, decision)
-    return found
+    return found, now
 
 
 def contents(cursor: Cursor[Any], keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
