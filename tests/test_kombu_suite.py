@@ -88,6 +88,7 @@ NOT_APPLICABLE = {
     "the next look, and not found 26 seconds later": [
         "test_RedisBrpopHealthCheck::test_half_open_connection_dropped_and_consumption_resumes",
         "test_RedisBrpopHealthCheck::test_half_open_connection_dropped_by_drain_events",
+        "test_RedisBrpopHealthCheck::test_live_connection_with_unread_reply_not_dropped",
     ],
 }
 

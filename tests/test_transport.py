@@ -172,6 +172,24 @@ def test_a_paused_channel_takes_nothing_and_goes_on_afterwards(broker_url, broke
         assert consumer.numbers == [0, 1, 2]
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_is_on_its_way_to_a_paused_channel_goes_back_or_is_delivered(broker_url, broker, at_once):
+    originals = [message(number) for number in range(400)]
+    push(broker, *originals)
+    with consuming(broker_url) as consumer:
+
+        def pause(got):
+            consumer.messages.append(got)
+            consumer.channel.pause(at_once=at_once)
+
+        consumer.consumer.on_message = pause
+        consumer.drain_until(1 if at_once else 400)
+        push(broker, message(400))
+        consumer.drain(0.5)
+        assert consumer.numbers == ([0] if at_once else [*range(400)])
+        assert listed(broker)[:-1] == (originals[1:] if at_once else [])
+
+
 def test_a_paused_channel_still_acknowledges_and_gives_signs_of_life(broker_url, broker):
     push(broker, message(1), message(2))
     with consuming(broker_url, visibility_timeout=1) as consumer:
@@ -690,7 +708,7 @@ def test_every_script_may_run_while_redis_is_full():
 
 
 def test_defaults_are_those_of_the_design():
-    assert (Channel.fetch_count, Channel.fetch_bytes, tuple(Channel.priority_steps)) == (500, 4 << 20, PRIORITY_STEPS)
+    assert (Channel.fetch_count, Channel.fetch_bytes, tuple(Channel.priority_steps)) == (500, 1 << 20, PRIORITY_STEPS)
 
 
 def test_an_envelope_says_what_it_holds():

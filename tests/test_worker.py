@@ -184,6 +184,37 @@ def test_many_events_share_few_transactions(stage):
     assert stage.broken() == []
 
 
+def test_of_many_bulk_messages_a_worker_takes_few_ahead_and_puts_them_back_in_order_when_stopped(stage):
+    """What one worker cannot decide for minutes is for others to fetch, and takes no memory here."""
+    messages = 60
+    for number in range(messages):
+        stage.publisher.publish_bulk([accrual(f"user-{n % 50}", 1, f"{number}-{n}") for n in range(500)])
+    waiting = stage.redis.lrange("tokens", 0, -1)
+    with psycopg.connect(stage.database_url) as connection:  # in whose transaction nobody else writes a record
+        connection.execute("LOCK TABLE transaction_record IN SHARE MODE")
+        worker = stage.start()
+        eventually(lambda: stage.redis.hlen("unacked") > 0)
+        time.sleep(2)
+
+        in_hand = stage.redis.hlen("unacked")
+        print(f"{in_hand} of {messages} messages in hand")
+        assert 3 <= in_hand <= 20
+        worker.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        connection.rollback()
+    assert worker.wait(30) == 0, stage.log()
+
+    left = stage.redis.lrange("tokens", 0, -1)
+    assert left == waiting[: len(left)]
+    assert stage.redis.exists("unacked", "unacked_restores") == 0
+    assert stage.count("transaction_record") == 500 * (messages - len(left))
+    stage.start("-n", "another@test")
+    stage.start()
+    eventually(lambda: stage.count("transaction_record") == 500 * messages, 60)
+    eventually(lambda: stage.in_redis() == 0)
+    assert stage.broken() == []
+
+
 def test_a_worker_of_some_lanes_takes_these_and_the_queue_itself(stage):
     stage.start("--queues", "tokens,tokens.0,tokens.2")
     with Publisher(stage.broker_url, lanes=3) as lanes:

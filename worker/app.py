@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from typing import Any
@@ -62,6 +63,14 @@ def _use_our_transport(**_: Any) -> None:
     """In workers only: Flower reads queue lengths through the stock transport, on the same keys."""
     if settings().transport == "atomic":
         transport.register()
+
+
+@celeryd_init.connect
+def _collect_garbage_seldom(**_: Any) -> None:
+    """Python's collector looks through all messages in hand again and again, and finds next to nothing: reference
+    counts free them. At its usual pace, every 700 new objects, that takes a third of a worker's throughput.
+    """
+    gc.set_threshold(50_000, 20, 100)
 
 
 @setup_logging.connect

@@ -53,6 +53,11 @@ class Part:
         self.deadline: float | None = None
 
     @property
+    def events(self) -> int:
+        """How many rows it may become. A letter is a row like any other."""
+        return len(self.deliveries) + len(self.item.work.letters)
+
+    @property
     def user_id(self) -> str:
         """Whose balance the one burn needs."""
         return self.deliveries[0].event.user_id
@@ -75,13 +80,15 @@ class Batcher:
         self._running: Future[list[Outcome | None]] | None = None
         self._batch: list[Part] = []
         self._began = 0.0
+        self._unread: deque[Any] = deque()  # messages in order of arrival, and overdue burns behind them
         self._queue: deque[Part] = deque()
+        self._queued = 0  # events
         self._patience: Patience[Part] = Patience(settings.burn_patience)
         self._finished: deque[tuple[Item, float, float]] = deque()  # with when it began, and how long it took
         self._bytes = 0
         self._degraded: str | None = None
         self._suspended = False
-        self._paused = False
+        self._paused = ""
         self._channel: Any = None
         self._ticks: Any = None
         self._intake = Intake(settings, hostname)
@@ -95,7 +102,7 @@ class Batcher:
         """Work for a consumer's new connection. What an old one brought is decided and acknowledged all the same."""
         self._channel = consumer.task_consumer.channel
         self._intake.attach(consumer)
-        self._paused = False
+        self._paused = ""
         consumer.hub.add_reader(self._ears, self._on_bell)
         if self._ticks is not None:
             self._ticks.cancel()
@@ -106,13 +113,32 @@ class Batcher:
 
     def receive(self, message: Any) -> None:
         """Take a message in; it is decided as soon as the ledger is free."""
-        item = self._intake.read(message)
-        self._bytes += item.size
-        self._queue.append(Part(item, item.work.deliveries, item.work.places))
+        self._unread.append(message)
+        self._read()
         if self._running is None:
             self._ring()  # not at once: what else this turn of the loop brings belongs into the same batch
-        if self._bytes > MOST_BYTES:
+        if self._bytes > MOST_BYTES or self._unread:
             self._mind_intake()
+
+    def _read(self) -> None:
+        """Read what is unread until two batches are ready. To read a thousand bulk messages takes half a minute and a
+        gigabyte, while the ledger has nothing to do and another worker nothing to fetch.
+        """
+        while self._unread and self._queued < 2 * self._settings.batch_size:
+            next_ = self._unread.popleft()
+            if isinstance(next_, Part):
+                part = next_
+            else:
+                item = self._intake.read(next_)
+                self._bytes += item.size
+                part = Part(item, item.work.deliveries, item.work.places)
+            self._queue.append(part)
+            self._queued += part.events
+
+    def _requeue(self, parts: list[Part]) -> None:
+        """Before all others, in this order."""
+        self._queue.extendleft(reversed(parts))
+        self._queued += sum(part.events for part in parts)
 
     def _on_bell(self) -> None:
         try:
@@ -121,14 +147,17 @@ class Batcher:
             return
         if self._running is not None and self._running.done():
             self._finish_batch()
-        self._mind_intake()
         self._begin_batch()
         self._tell()  # while the ledger works again
+        self._read()
+        self._begin_batch()  # had there been nothing
+        self._mind_intake()
 
     def _tick(self) -> None:
         for part in self._patience.take_overdue():
             part.finally_()
-            self._queue.append(part)  # behind all that was fetched by now
+            self._unread.append(part)  # behind all that was fetched by now
+        self._read()
         if self._running is None:
             self._begin_batch(look=True)
 
@@ -152,11 +181,12 @@ class Batcher:
         while self._queue:
             part = self._queue[0]
             suspect = part.item.restores >= SUSPECT
-            events += len(part.deliveries) + len(part.item.work.letters)  # a letter is a row like any other
+            events += part.events
             size += part.item.size
             if parts and (suspect or events > self._settings.batch_size or size > BATCH_BYTES):
                 break
             parts.append(self._queue.popleft())
+            self._queued -= part.events
             if suspect:
                 if not part.item.alone:
                     self._tell()  # whom it kills with it must not be those that are decided
@@ -171,7 +201,7 @@ class Batcher:
         try:
             outcomes = iter(future.result())
         except Interrupted:
-            self._queue.extendleft(reversed(batch))
+            self._requeue(batch)
             return
         except SuspiciousBatch as suspicion:
             self._suspend(batch, suspicion)
@@ -180,7 +210,7 @@ class Batcher:
         for part in batch:
             self._settled(part, outcomes, accrued)
         for user_id in accrued:
-            self._queue.extendleft(reversed(self._patience.take(user_id)))
+            self._requeue(self._patience.take(user_id))
 
     def _settled(self, part: Part, outcomes: Any, accrued: list[str]) -> None:
         item = part.item
@@ -214,17 +244,22 @@ class Batcher:
 
     def _suspend(self, batch: list[Part], suspicion: SuspiciousBatch) -> None:
         self._suspended = True
-        self._queue.extendleft(reversed(batch))
+        self._requeue(batch)
         log.critical("this worker takes no more work", reason=str(suspicion))
         self._mind_intake()
         self._give_back()
 
     def _mind_intake(self) -> None:
-        """Fetch no more than can be decided: nothing while the database is away, or while too much is in hand."""
-        pause = bool(self._degraded) or self._suspended or self._patience.full or self._bytes > MOST_BYTES
-        if pause != self._paused and hasattr(self._channel, "pause"):
-            self._paused = pause
-            (self._channel.pause if pause else self._channel.resume)()
+        """Fetch no more than can be decided: nothing while the database is away, or while enough is in hand."""
+        away = bool(self._degraded) or self._suspended
+        enough = bool(self._unread) or self._patience.full or self._bytes > MOST_BYTES
+        paused = "at once" if away else "soon" if enough else ""
+        if paused != self._paused and hasattr(self._channel, "pause"):
+            self._paused = paused
+            if paused:
+                self._channel.pause(at_once=away)
+            else:
+                self._channel.resume()
 
     # The end
 
@@ -248,14 +283,17 @@ class Batcher:
 
     def _give_back(self) -> None:
         """Put all that is undecided back where it came from, in its old order; it does not count as a death."""
-        items = {id(part.item): part.item for part in [*self._queue, *self._patience.take_all()]}
-        self._queue.clear()
-        self._bytes = 0
-        if not items:
-            return
+        overdue = [part for part in self._unread if isinstance(part, Part)]
+        unread = [message for message in self._unread if not isinstance(message, Part)]
+        items = {id(part.item): part.item for part in [*self._queue, *overdue, *self._patience.take_all()]}
         ordered = sorted(items.values(), key=lambda item: item.number)
-        log.info("putting undecided messages back", messages=len(ordered))
-        self._intake.give_back(ordered)
+        self._queue.clear()
+        self._unread.clear()
+        self._bytes = self._queued = 0
+        if not ordered and not unread:
+            return
+        log.info("putting undecided messages back", messages=len(ordered) + len(unread))
+        self._intake.give_back(ordered, unread)
 
     # In the ledger's thread
 

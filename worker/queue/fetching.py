@@ -62,7 +62,7 @@ class FetchingChannel(ScriptedChannel):
 
     #: At most so many messages, and bytes unless one message alone is larger, leave Redis at once.
     fetch_count = 500
-    fetch_bytes = 4 << 20
+    fetch_bytes = 1 << 20
     #: Seconds after which an idle channel, which Redis wakes for its first list, looks at all the others.
     look_interval = 0.025
 
@@ -79,20 +79,23 @@ class FetchingChannel(ScriptedChannel):
         self._outstanding = Asked("", 0, [])
         self._waited = False
         self._idle = False
-        self._intake = True
+        self._intake = self._welcome = True
         self._no_ack_queues: set[str] = set()
         self._full_until = self._rest_until = self._complain_at = 0.0
         super().__init__(*args, **kwargs)
         #: Why Redis refuses to work for this channel, None while it does not.
         self.refusal: str | None = None
 
-    def pause(self) -> None:
-        """Fetch nothing until `resume`; acknowledgements and signs of life go on."""
-        self._intake = False
+    def pause(self, *, at_once: bool = True) -> None:
+        """Fetch nothing until `resume`; acknowledgements and signs of life go on.
+
+        What is on its way by now goes back to where it was, or, if it need not be `at_once`, is delivered.
+        """
+        self._intake, self._welcome = False, not at_once
 
     def resume(self) -> None:
         """Fetch again after `pause`."""
-        self._intake = True
+        self._intake = self._welcome = True
 
     def _brpop_start(self, timeout: float | None = None) -> None:  # noqa: ARG002
         """Ask for messages; if few came last time, in one round trip with a wait for the first list."""

@@ -153,23 +153,24 @@ class Intake:
             except Exception as error:  # noqa: BLE001 - Redis may be away: one attempt goes uncounted
                 log.warning("could not count an attempt on a suspicious message", reason=str(error))
 
-    def give_back(self, items: list[Item]) -> None:
+    def give_back(self, items: list[Item], unread: list[Any]) -> None:
         """Put messages back where they came from, in this order, uncounted."""
-        by_channel: dict[int, list[Item]] = {}
+        by_channel: dict[int, list[Any]] = {}
         for item in items:
             if item.request is not None:
                 state.task_ready(item.request)
             if item.alone:
                 self.try_alone(item, -item.alone)
-            by_channel.setdefault(id(item.message.channel), []).append(item)
+        for message in [*(item.message for item in items), *unread]:
+            by_channel.setdefault(id(message.channel), []).append(message)
         for group in by_channel.values():
-            qos = group[0].message.channel.qos
+            qos = group[0].channel.qos
             try:
                 if hasattr(qos, "hand_back"):
-                    qos.hand_back([item.message.delivery_tag for item in group])
+                    qos.hand_back([message.delivery_tag for message in group])
                 else:
-                    for item in reversed(group):
-                        item.message.requeue()
+                    for message in reversed(group):
+                        message.requeue()
             except Exception as error:  # noqa: BLE001 - Redis may be away; then the visibility timeout brings them back
                 log.warning(
                     "could not put messages back, the visibility timeout will", messages=len(group), reason=str(error)

@@ -66,7 +66,7 @@ class Channel(FetchingChannel):
         """Hand messages to their consumers; those that none takes, for whatever reason, go back to where they were."""
         waiting = list(reversed(fetched))
         try:
-            while waiting and self._intake and not self._closing:
+            while waiting and self._welcome and not self._closing:
                 item = waiting[-1]
                 callback = self.connection._callbacks.get(item.source.queue)
                 if callback is None:
