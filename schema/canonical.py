@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from decimal import Decimal, InvalidOperation
 from json.encoder import encode_basestring
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 #: Powers of ten a number may reach either way; beyond, its plain text would be longer than any limit allows.
 MAX_EXPONENT: Final = 400
@@ -60,7 +60,7 @@ def write_json(value: object, *, max_depth: int = 64, sort_keys: bool = True) ->
     a lone surrogate in a string, a key that is no string, nesting deeper than `max_depth`, kombu's type tags.
     """
     parts: list[str] = []
-    _write(value, parts.append, sorted if sort_keys else list, max_depth, "")
+    _write(value, parts.append, sorted if sort_keys else list, max_depth, None)
     return "".join(parts)
 
 
@@ -99,7 +99,11 @@ _DECODER: Final = json.JSONDecoder(
 )
 
 
-def _write(value: object, emit: Any, order: Any, depth: int, at: str) -> None:  # noqa: C901, PLR0912 - one straight list of kinds
+#: Where in a value we are: the place around it, and its own name or index. Put into words only when something is wrong.
+_Place: TypeAlias = tuple["_Place", str | int] | None
+
+
+def _write(value: object, emit: Any, order: Any, depth: int, at: _Place) -> None:  # noqa: C901, PLR0912 - one straight list of kinds
     if isinstance(value, str):
         emit(value if isinstance(value, JsonText) else _string(value, at))
     elif value is None:
@@ -116,58 +120,67 @@ def _write(value: object, emit: Any, order: Any, depth: int, at: str) -> None:  
         emit(_number(Decimal(repr(value)), at))
     elif isinstance(value, dict):
         if depth == 0:
-            raise NotCanonical(f"{at or 'it'} is nested too deep")
+            raise NotCanonical(f"{_path(at)} is nested too deep")
         if isinstance(value, DuplicateKeys):
-            raise NotCanonical(f"{at or 'it'} has the key {_short(value.name)} twice")
+            raise NotCanonical(f"{_path(at)} has the key {_short(value.name)} twice")
         if "__type__" in value and "__value__" in value:
             tag = value["__type__"]
             what = _short(tag) if isinstance(tag, str) else type(tag).__name__
-            raise NotCanonical(f"{at or 'it'} holds a Python {what}; send plain JSON")
+            raise NotCanonical(f"{_path(at)} holds a Python {what}; send plain JSON")
         separator = "{"
         try:
             names = order(value)
         except TypeError:
-            raise NotCanonical(f"{at or 'it'} has a key that is not a string") from None
+            raise NotCanonical(f"{_path(at)} has a key that is not a string") from None
         for name in names:
             if not isinstance(name, str):
-                raise NotCanonical(f"{at or 'it'} has the key {name!a:.40}, which is not a string")
+                raise NotCanonical(f"{_path(at)} has the key {name!a:.40}, which is not a string")
             emit(separator)
             separator = ","
             emit(_string(name, at))
             emit(":")
-            _write(value[name], emit, order, depth - 1, f"{at}.{_step(name)}" if at else _step(name))
+            _write(value[name], emit, order, depth - 1, (at, name))
         emit("}" if names else "{}")
     elif isinstance(value, list | tuple):
         if depth == 0:
-            raise NotCanonical(f"{at or 'it'} is nested too deep")
+            raise NotCanonical(f"{_path(at)} is nested too deep")
         separator = "["
         for index, item in enumerate(value):
             emit(separator)
             separator = ","
-            _write(item, emit, order, depth - 1, f"{at}[{index}]")
+            _write(item, emit, order, depth - 1, (at, index))
         emit("]" if value else "[]")
     else:
-        raise NotCanonical(f"{at or 'it'} is a {type(value).__name__}, which JSON does not have")
+        raise NotCanonical(f"{_path(at)} is a {type(value).__name__}, which JSON does not have")
 
 
-def _string(text: str, at: str) -> str:
+def _string(text: str, at: _Place) -> str:
     if "\x00" in text:
-        raise NotCanonical(f"{at or 'it'} holds a NUL character, which PostgreSQL cannot store")
+        raise NotCanonical(f"{_path(at)} holds a NUL character, which PostgreSQL cannot store")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise NotCanonical(f"{at or 'it'} holds half of a surrogate pair, which is not a character") from None
+            raise NotCanonical(f"{_path(at)} holds half of a surrogate pair, which is not a character") from None
     return str(encode_basestring(text))
 
 
-def _number(number: Decimal, at: str) -> str:
+def _number(number: Decimal, at: _Place) -> str:
     exponent = number.as_tuple().exponent
     if not isinstance(exponent, int):
-        raise NotCanonical(f"{at or 'it'} is {number!s:.20}, which is not a number")
+        raise NotCanonical(f"{_path(at)} is {number!s:.20}, which is not a number")
     if exponent < -MAX_EXPONENT or abs(number.adjusted()) > MAX_EXPONENT:
-        raise NotCanonical(f"{at or 'it'} is {number!s:.40}, beyond ten to the power of ±{MAX_EXPONENT}")
+        raise NotCanonical(f"{_path(at)} is {number!s:.40}, beyond ten to the power of ±{MAX_EXPONENT}")
     return plain_number(number)
+
+
+def _path(at: _Place) -> str:
+    """A place as a sentence names it: order.items[3], or `it` for the whole value."""
+    text = ""
+    while at is not None:
+        at, step = at
+        text = f"[{step}]{text}" if isinstance(step, int) else f".{_step(step)}{text}"
+    return text.removeprefix(".") or "it"
 
 
 def _step(name: str) -> str:

@@ -26,7 +26,8 @@ class Origin(NamedTuple):
 
     def at(self, index: int) -> Origin:
         """The same message, at its event `index`."""
-        return self._replace(event_index=index)
+        # Written out: _replace takes four times as long, and a message may hold a thousand events.
+        return Origin(self.task, self.message_id, self.body, self.headers, index, self.replay_of)
 
 
 class Delivery(NamedTuple):
