@@ -14,8 +14,8 @@ from .workload import events, open_accounts
 LANES = 4
 USERS = 10_000
 
-#: Events a batch. Two processors are busy with some 3,500 events/s however many processes there are, and four reach that
-#: with batches of 100; the target is for what is held up by waiting alone.
+#: Events a batch. Two processors are busy with some 3,500 events/s however many processes there are, and four reach
+#: that with batches of 100; the target is for what is held up by waiting alone.
 SIZES = (50, 100, 500)
 
 #: A slow disk, a standby far away: after the balances are written, before the rows of the stripe are taken.

@@ -266,13 +266,16 @@ def test_a_database_that_became_read_only_under_a_session_is_found_again(watched
     assert len(outcomes.result(PATIENCE)) == 10
 
 
-class SwallowedCommit:
-    """Stands between a client and PostgreSQL; ends the first connection that commits, after PostgreSQL has."""
+class Swallower:
+    """Stands between a client and PostgreSQL; ends the first connection that says `word`, after PostgreSQL did it."""
 
-    def __init__(self, host, port):
-        self.server = host, port
+    def __init__(self, url, word):
+        parts = urlsplit(url)
+        self.server = parts.hostname, parts.port
+        self.word = word
         self.door = socket.create_server(("127.0.0.1", 0))
-        self.port = self.door.getsockname()[1]
+        port = self.door.getsockname()[1]
+        self.url = parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}").geturl()
         self.swallowed = threading.Event()
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -281,22 +284,22 @@ class SwallowedCommit:
             while True:
                 client, _ = self.door.accept()
                 server = socket.create_connection(self.server)
-                committing = threading.Event()
-                for call in ((self._requests, client, server, committing), (self._answers, server, client, committing)):
+                saying = threading.Event()
+                for call in ((self._requests, client, server, saying), (self._answers, server, client, saying)):
                     threading.Thread(target=call[0], args=call[1:], daemon=True).start()
 
-    def _requests(self, client, server, committing):
+    def _requests(self, client, server, saying):
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 16):
-                if b"COMMIT" in data and not self.swallowed.is_set():
-                    committing.set()
+                if self.word in data and not self.swallowed.is_set():
+                    saying.set()
                 server.sendall(data)
         server.close()
 
-    def _answers(self, server, client, committing):
+    def _answers(self, server, client, saying):
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 16):
-                if committing.is_set() and b"COMMIT\x00" in data:
+                if saying.is_set() and self.word + b"\x00" in data:
                     self.swallowed.set()
                     break
                 client.sendall(data)
@@ -311,19 +314,35 @@ class SwallowedCommit:
 
 
 def test_a_commit_that_nobody_confirmed_is_decided_once(watched, owner, url):
-    parts = urlsplit(url)
-    proxy = SwallowedCommit(parts.hostname, parts.port)
-    with contextlib.closing(proxy):
-        through = parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{proxy.port}").geturl()
-        ledger = watched(through)
-        outcomes = ledger.begin(sent(*events(20), burn("user1", 10**9, "too much")))
+    ledger = watched()
+    ledger.settle(sent(*[accrual(f"user{n}", 1, "opening") for n in range(7)]))
+    letter = Letter("undecodable", "The body is not JSON.", Origin("tokens.burn", "m1", b"?"))
+    with contextlib.closing(Swallower(url, b"COMMIT")) as proxy:
+        ledger = watched(proxy.url)
+        outcomes = ledger.begin(sent(*events(20), burn("user1", 10**9, "too much")), [letter])
         found = outcomes.result(PATIENCE)
         assert proxy.swallowed.is_set()
         ledger.finish()
     assert len(ledger.said) == 2
     assert [outcome.repeated for outcome in found] == [True] * 21
-    assert count(owner, "transaction_record") == 20
+    assert count(owner, "transaction_record") == 27
     assert count(owner, "rejected_event") == 1
+    kept = owner.execute("SELECT reason, message_id, state, deliveries FROM dead_letter").fetchall()
+    assert kept == [("undecodable", "m1", "open", 2)], (
+        "one letter; that it was written twice can be seen, and changes nothing"
+    )
+    assert_books_balance(owner)
+
+
+def test_a_connection_lost_while_new_accounts_are_looked_for_is_replaced(watched, owner, url):
+    """What psycopg raises for its own purposes when it cannot roll back is no database error, and ended a worker."""
+    with contextlib.closing(Swallower(url, b"ROLLBACK")) as proxy:
+        ledger = watched(proxy.url)
+        found = ledger.begin(sent(*events(20))).result(PATIENCE)
+        assert proxy.swallowed.is_set()
+        ledger.finish()
+    assert len(ledger.said) == 2
+    assert [outcome.repeated for outcome in found] == [False] * 20
     assert_books_balance(owner)
 
 

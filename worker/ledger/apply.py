@@ -9,7 +9,7 @@ from decimal import Decimal
 from functools import reduce
 from typing import Any, NamedTuple
 
-from psycopg import Connection, Cursor, Rollback
+from psycopg import Connection, Cursor
 
 from schema.canonical import plain_number
 from schema.events import Accrual, Event
@@ -37,17 +37,26 @@ def apply_batch(
     Raises what PostgreSQL raises; the transaction is then rolled back.
     """
     users = sorted({delivery.event.user_id for delivery in deliveries})
-    with connection.transaction(), connection.cursor() as cursor:
-        accounts = store.lock_accounts(cursor, users) if users else {}
-        if len(accounts) == len(users):
+    try:
+        with connection.transaction(), connection.cursor() as cursor:
+            accounts = store.lock_accounts(cursor, users) if users else {}
+            if len(accounts) < len(users):
+                raise _SomeAreNew  # noqa: TRY301 - the way out of a transaction
             return _Batch(stripe, accounts, letters).run(cursor, deliveries, clock)
-        raise Rollback
-    # Some users are new. Only once the locks are let go: who opens accounts while holding others' can end up waiting
-    # for a batch that waits for those.
+    except _SomeAreNew:
+        pass
+    # Only now that the locks are let go: who opens accounts while holding others' can end up waiting for a batch that
+    # waits for those.
     with connection.transaction(), connection.cursor() as cursor:
         store.open_accounts(cursor, users)
         accounts = store.lock_accounts(cursor, users)
         return _Batch(stripe, accounts, letters).run(cursor, deliveries, clock)
+
+
+class _SomeAreNew(Exception):
+    """Rolls back, which unlike a commit syncs nothing. Not psycopg's Rollback: that one escapes, as no database error,
+    where the connection is lost before the rollback.
+    """
 
 
 class _Moment(NamedTuple):
