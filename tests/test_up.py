@@ -193,6 +193,25 @@ def test_demo_by_itself_runs_to_its_end(tokentrail):
     assert "every token is accounted for" in demo.printed().splitlines()[-1]
 
 
+@pytest.mark.usefixtures("own_servers")
+def test_demo_says_the_same_to_a_machine(tokentrail, tmp_path):
+    tokentrail("worker", "--name", "w")
+    demo = subprocess.run(
+        [sys.executable, "-m", "worker.cli", "demo", "--events", "200", "--json"],
+        env={**os.environ, "TOKENTRAIL_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=True,
+    )
+    found = json.loads(demo.stdout)
+    assert sum(fate["events"] for fate in found["outcomes"]) == 200
+    assert found["balanced"] is True
+    assert found["held"] == found["supply"]["circulating"]
+    assert found["history"]["pagination"]["limit"] == 10
+    assert "Publishing 200 events" in demo.stderr
+
+
 def test_workers_under_one_parent_are_restarted_and_the_same_run_again_moves_nothing(tokentrail, own_servers):
     workers = tokentrail("worker", "--processes", "2", "--name", "w")
     until(lambda: len(workers.family()) == 2, workers.printed)

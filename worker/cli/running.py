@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 from pydantic import SecretStr
+from rich.console import Console
 
 from worker import up as running
 from worker.cli.usage import Misused
 from worker.config import Settings, settings
 from worker.db import ROOT, migrate
-from worker.demo import DemoError, Economy, run_demo
+from worker.demo import DemoError, Economy, Report, run_demo, show
 from worker.embedded import servers
 from worker.processes import Child, Family
 from worker.show import console
@@ -40,6 +41,7 @@ def demo(
         str | None,
         typer.Option(help="Name of the run, part of every key: the same seed and run again change nothing."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable; amounts are text.")] = False,
 ) -> None:
     """Publish a believable token economy, wait until all of it is decided, and show the books.
 
@@ -50,17 +52,21 @@ def demo(
         raise Misused("--run must be 1 to 40 ASCII letters and digits.")
     economy = Economy(seed, run or secrets.token_hex(3), events)
     found = settings()
+    progress = console(stderr=as_json)
     if found.database_url is None and found.broker_url is None:
-        balanced = _on_throw_away_servers(found, economy)
+        report = _on_throw_away_servers(found, economy, progress)
     else:
-        balanced = run_demo(found, economy, console())
-    if not balanced:
+        report = run_demo(found, economy, progress)
+    if as_json:
+        typer.echo(report.json_text())
+    else:
+        show(report, progress)
+    if not report.balanced:
         raise typer.Exit(1)
 
 
-def _on_throw_away_servers(found: Settings, economy: Economy) -> bool:
-    show = console()
-    show.print("Starting throw-away servers and a worker …")
+def _on_throw_away_servers(found: Settings, economy: Economy, progress: Console) -> Report:
+    progress.print("Starting throw-away servers and a worker …")
     with servers() as pair:
         migrate(pair.database_url)
         family = Family()
@@ -80,6 +86,6 @@ def _on_throw_away_servers(found: Settings, economy: Economy) -> bool:
         addresses = {"database_url": SecretStr(pair.database_url), "broker_url": SecretStr(pair.broker_url)}
         family.add(worker)
         try:
-            return run_demo(found.model_copy(update=addresses), economy, show, check)
+            return run_demo(found.model_copy(update=addresses), economy, progress, check)
         finally:
             family.stop([worker], _GRACE)

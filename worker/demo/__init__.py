@@ -15,6 +15,7 @@ from schema.publisher import Publisher
 from worker.db import connect
 from worker.demo import report
 from worker.demo.economy import Delivery, Economy
+from worker.demo.report import Report, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from schema.events import Event
     from worker.config import Settings
 
-__all__ = ["DemoError", "Economy", "run_demo"]
+__all__ = ["DemoError", "Economy", "Report", "run_demo", "show"]
 
 #: The demo gives up when so many seconds pass without a further event decided.
 _PATIENCE_SECONDS: Final = 60.0
@@ -35,8 +36,10 @@ class DemoError(Exception):
     """The demo did not come to its end; the message says why, and what to do."""
 
 
-def run_demo(settings: Settings, economy: Economy, console: Console, check: Callable[[], None] = lambda: None) -> bool:
-    """Publish the economy, wait until every event has an outcome, show the books; whether they balance.
+def run_demo(
+    settings: Settings, economy: Economy, console: Console, check: Callable[[], None] = lambda: None
+) -> Report:
+    """Publish the economy, wait until every event has an outcome, and read the books; the console shows how far it is.
 
     Somebody else runs the worker; `check` is called while we wait for it, and may raise. Raises PublishError
     when Redis does not take it, and DemoError when nothing has been decided for a minute.
@@ -54,7 +57,7 @@ def run_demo(settings: Settings, economy: Economy, console: Console, check: Call
         seconds = time.monotonic() - began
         console.print(f"All decided {seconds:.1f} s after the first was published.")
         console.print()
-        return report.show(connection, economy, arriving, console)
+        return report.read(connection, economy, arriving)
 
 
 def _publish(publisher: Publisher, deliveries: Iterable[Delivery]) -> None:
