@@ -54,7 +54,7 @@ def demo(
     found = settings()
     progress = console(stderr=as_json)
     if found.database_url is None and found.broker_url is None:
-        report = _on_throw_away_servers(found, economy, progress)
+        report = on_throw_away_servers(found, economy, progress)
     else:
         report = run_demo(found, economy, progress)
     if as_json:
@@ -65,7 +65,8 @@ def demo(
         raise typer.Exit(1)
 
 
-def _on_throw_away_servers(found: Settings, economy: Economy, progress: Console) -> Report:
+def on_throw_away_servers(found: Settings, economy: Economy, progress: Console) -> Report:
+    """The demo on servers and a worker of its own, of which nothing is left afterwards."""
     progress.print("Starting throw-away servers and a worker …")
     with servers() as pair:
         migrate(pair.database_url)
