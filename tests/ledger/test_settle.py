@@ -11,13 +11,15 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
-from worker.db import migrate
+from worker.config import Settings
+from worker.db import connect, migrate
 from worker.embedded import PostgresServer
 from worker.ledger.apply import apply_batch
 from worker.ledger.dead_letters import Letter
@@ -507,6 +509,36 @@ def test_a_frozen_worker_is_overcome_and_finds_its_way_back(watched, owner, url)
     assert "25P03" in reports[0] or "server closed the connection" in reports[0]
     assert reports[1:] == [None]
     assert_books_balance(owner)
+
+
+def test_a_worker_frozen_in_the_middle_of_a_copy_is_overcome(watched, owner, url):
+    """PostgreSQL waits for the lines of a COPY for ever, whatever its timeouts, and keeps the locks meanwhile."""
+    owner.execute("INSERT INTO account (user_id) VALUES ('ann'), ('cid')")
+    settings = Settings(DATABASE_URL=url, idle_in_transaction_timeout=1, statement_timeout=1)
+    frozen = connect(url, settings)
+    try:
+        frozen.execute("BEGIN")
+        frozen.execute("SELECT FROM account WHERE user_id = 'ann' FOR UPDATE")
+        frozen.pgconn.send_query(b"COPY accrual_record FROM STDIN")
+        [backend] = until(lambda: in_copy(owner), "it is in the middle of a COPY")
+        ledger = watched(lock_timeout=0.1, idle_in_transaction_timeout=3)
+        with logged() as entries:
+            outcomes = ledger.begin(sent(*(accrual(user, 1, "k") for user in ("ann", "cid"))))
+            until(lambda: count(owner, "transaction_record") == 1, "the account that is free goes first")
+            time.sleep(1.5)
+            assert in_copy(owner) == [backend], "who is slow is not frozen yet"
+            assert told(outcomes.result(PATIENCE)) == ["applied #1: 0 → 1"] * 2
+        assert in_copy(owner) == []
+    finally:
+        frozen.close()
+    assert [entry["backend"] for entry in entries if entry["event"].startswith("ended the session")] == [backend]
+    assert_books_balance(owner)
+
+
+def in_copy(owner):
+    """The backends that wait for the lines of a COPY."""
+    found = owner.execute("SELECT pid FROM pg_stat_activity WHERE query LIKE 'COPY %' AND wait_event = 'ClientRead'")
+    return [row[0] for row in found if row[0] != owner.info.backend_pid]
 
 
 def test_stop_interrupts_waiting_with_nothing_half_done(watched, owner):

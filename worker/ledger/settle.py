@@ -123,6 +123,12 @@ class Ledger:
             return set()  # the next try meets the same trouble and names it
         return free if len(free) < len(users) else set()
 
+    def end_frozen(self) -> None:
+        """End whoever holds locks in a session that PostgreSQL does not end."""
+        with contextlib.suppress(psycopg.Error):  # the next try meets the same trouble and names it
+            for pid in store.end_frozen(self.connection(), self._settings.idle_in_transaction_timeout):
+                log.warning("ended the session of a worker that froze while it wrote", backend=pid)
+
     def not_now(self, error: psycopg.Error, pause: float) -> None:
         """Wait before the next try. Says so once, however many tries it takes."""
         if error.sqlstate is None or not error.sqlstate.startswith(_OF_THE_MOMENT):
@@ -174,8 +180,10 @@ class _Settlement:
                     return self._halve(deliveries, letters, error)
                 if error.sqlstate == LOCK_NOT_AVAILABLE:
                     lock_timeouts += 1
-                    if lock_timeouts >= LOCK_TRIES and (free := self._ledger.free_accounts(deliveries)):
-                        return self._free_first(deliveries, letters, free)
+                    if lock_timeouts >= LOCK_TRIES:
+                        self._ledger.end_frozen()
+                        if free := self._ledger.free_accounts(deliveries):
+                            return self._free_first(deliveries, letters, free)
                 self._ledger.not_now(error, pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
             except _OUR_BUGS as bug:

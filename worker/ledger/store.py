@@ -79,6 +79,29 @@ def unlocked(connection: Connection[Any], users: Sequence[str]) -> set[str]:
     return {row[0] for row in rows}
 
 
+def end_frozen(connection: Connection[Any], after: float) -> list[int]:
+    """End the sessions of workers that began a COPY `after` seconds ago and have not sent its lines; their pids.
+
+    None of PostgreSQL's timeouts ends a session that waits for the lines of a COPY: not statement_timeout, nor
+    idle_in_transaction_session_timeout, nor transaction_timeout (tried with 18). A worker that is frozen just then
+    would hold its accounts for as long as its machine is up.
+    """
+    # Materialized: among conditions PostgreSQL may well evaluate the one that kills first.
+    rows = connection.execute(
+        """
+        WITH frozen AS MATERIALIZED (
+            SELECT pid FROM pg_stat_activity
+            WHERE datname = current_database() AND usename = current_user AND application_name = %s
+                AND state = 'active' AND wait_event = 'ClientRead' AND query LIKE 'COPY %%'
+                AND query_start < clock_timestamp() - make_interval(secs => %s)
+        )
+        SELECT pid FROM frozen WHERE pg_terminate_backend(pid)
+        """,
+        (connection.info.parameter_status("application_name"), after),
+    )
+    return [row[0] for row in rows]
+
+
 def covered(connection: Connection[Any], burns: Sequence[Delivery]) -> list[bool]:
     """Whether each burn's account holds its amount, or its key is decided, by another delivery; read without locks."""
     rows = connection.execute(
