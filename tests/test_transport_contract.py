@@ -1,4 +1,4 @@
-"""Every private member of kombu and redis-py that the transport leans on: a new release of them fails here first."""
+"""Every private member of kombu, redis-py and Celery that we lean on: a new release of them fails here first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import kombu.transport
 import pytest
+from celery.worker import request, state
 from kombu.transport import redis as stock
 from kombu.transport.virtual import base
 from redis.connection import AbstractConnection
@@ -156,3 +157,11 @@ def test_we_add_no_name_that_kombu_uses_for_something_else():
             added = {name for name in vars(each) if not name.startswith("__")} - meant
             inherited = {name for name in added if hasattr(theirs, name) or f"self.{name} =" in source}
             assert inherited == set(), each
+
+
+def test_a_request_can_be_accepted_without_being_active():
+    """As `Intake.finish` does it; the rest is what Celery's own does."""
+    assert "add_active_request" in inspect.signature(state.task_accepted).parameters
+    source = inspect.getsource(request.Request.on_accepted)
+    assert "task_accepted(self)" in source
+    assert "self.send_event('task-started')" in source

@@ -84,7 +84,7 @@ class Batcher:
         self._queue: deque[Part] = deque()
         self._queued = 0  # events
         self._patience: Patience[Part] = Patience(settings.burn_patience)
-        self._finished: deque[tuple[Item, float, float]] = deque()  # with when it began, and how long it took
+        self._finished: deque[tuple[Item, float]] = deque()  # with the seconds it took
         self._bytes = 0
         self._degraded: str | None = None
         self._suspended = False
@@ -230,7 +230,7 @@ class Batcher:
         item.work.letters.clear()
         if item.finished:
             self._bytes -= item.size
-            self._finished.append((item, self._began, monotonic() - self._began))
+            self._finished.append((item, monotonic() - self._began))
 
     def _tell(self) -> None:
         """Acknowledge what is decided, and say so to Flower."""
