@@ -60,7 +60,8 @@ class Settings(BaseSettings):
     )
     idle_in_transaction_timeout: Annotated[float, Field(gt=0, le=600)] = Field(
         10.0,
-        description="Seconds after which PostgreSQL ends a worker that holds locks and does nothing (a frozen one).",
+        description="Seconds after which PostgreSQL, or a waiting worker, ends the session of one that holds locks and"
+        " does nothing (a frozen one).",
     )
     stripes: Annotated[int, Field(ge=1, le=1000)] = Field(
         16, description="Rows the global token balance is spread over, so that workers do not wait for one."
