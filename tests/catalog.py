@@ -35,9 +35,10 @@ QUERIES = {
     """,
     "function": "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'public'::regnamespace",
     "statistics": """
-        SELECT c.relname, a.attname, array_to_string(a.attoptions, ', ')
-        FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
-        WHERE c.relnamespace = 'public'::regnamespace AND a.attoptions IS NOT NULL
+        SELECT c.relname, a.attname, option
+        FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid CROSS JOIN unnest(a.attoptions) AS option
+        WHERE c.relnamespace = 'public'::regnamespace
+            AND option NOT LIKE 'pg\\_%' -- the server's own notes: Debian's 15.20 has pg_attver there
     """,
     "options": """
         SELECT relname, array_to_string(reloptions, ', ') FROM pg_class
