@@ -22,7 +22,7 @@ run: .venv/runtime ## the whole system with a small demo economy, until Ctrl-C; 
 	@exec $(BIN)/tokentrail up --demo $(ARGS)
 
 test: .venv/development ## every test, with servers of its own or those of DATABASE_URL and BROKER_URL
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-matrix: .venv/development ## the tests on the oldest and newest Python at hand, with embedded and with Debian's servers
 	@.ci/test-matrix $(ARGS)
