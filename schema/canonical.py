@@ -8,6 +8,7 @@ float, so 0.1 stays 0.1 and 18 decimals stay 18.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from json.encoder import encode_basestring
 from typing import Any, Final, TypeAlias
@@ -17,6 +18,9 @@ MAX_EXPONENT: Final = 400
 
 #: Longest run of digits handed to int(): Python refuses 4,300 and more with an exception of its own.
 _MAX_DIGITS: Final = MAX_EXPONENT + 2
+_LONG: Final = 10**_MAX_DIGITS
+
+_quote: Final[Callable[[str], str]] = encode_basestring
 
 
 class NotCanonical(ValueError):
@@ -105,19 +109,7 @@ _Place: TypeAlias = tuple["_Place", str | int] | None
 
 def _write(value: object, emit: Any, order: Any, depth: int, at: _Place) -> None:  # noqa: C901, PLR0912 - one straight list of kinds
     if isinstance(value, str):
-        emit(value if isinstance(value, JsonText) else _string(value, at))
-    elif value is None:
-        emit("null")
-    elif value is True:
-        emit("true")
-    elif value is False:
-        emit("false")
-    elif isinstance(value, int):
-        emit(_number(Decimal(value), at) if abs(value) >= 10**_MAX_DIGITS else str(value))
-    elif isinstance(value, Decimal):
-        emit(_number(value, at))
-    elif isinstance(value, float):
-        emit(_number(Decimal(repr(value)), at))
+        emit(value if isinstance(value, JsonText) else write_text(value, at))
     elif isinstance(value, dict):
         if depth == 0:
             raise NotCanonical(f"{_path(at)} is nested too deep")
@@ -135,12 +127,22 @@ def _write(value: object, emit: Any, order: Any, depth: int, at: _Place) -> None
         for name in names:
             if not isinstance(name, str):
                 raise NotCanonical(f"{_path(at)} has the key {name!a:.40}, which is not a string")
-            emit(separator)
+            emit(f"{separator}{write_text(name, at)}:")
             separator = ","
-            emit(_string(name, at))
-            emit(":")
             _write(value[name], emit, order, depth - 1, (at, name))
         emit("}" if names else "{}")
+    elif value is None:
+        emit("null")
+    elif value is True:
+        emit("true")
+    elif value is False:
+        emit("false")
+    elif isinstance(value, int):
+        emit(_number(Decimal(value), at) if abs(value) >= _LONG else str(value))
+    elif isinstance(value, Decimal):
+        emit(_number(value, at))
+    elif isinstance(value, float):
+        emit(_number(Decimal(repr(value)), at))
     elif isinstance(value, list | tuple):
         if depth == 0:
             raise NotCanonical(f"{_path(at)} is nested too deep")
@@ -154,7 +156,8 @@ def _write(value: object, emit: Any, order: Any, depth: int, at: _Place) -> None
         raise NotCanonical(f"{_path(at)} is a {type(value).__name__}, which JSON does not have")
 
 
-def _string(text: str, at: _Place) -> str:
+def write_text(text: str, at: _Place = None) -> str:
+    """The canonical text of a string. Raises NotCanonical for a NUL or a lone surrogate."""
     if "\x00" in text:
         raise NotCanonical(f"{_path(at)} holds a NUL character, which PostgreSQL cannot store")
     if not text.isascii():
@@ -162,7 +165,7 @@ def _string(text: str, at: _Place) -> str:
             text.encode()
         except UnicodeEncodeError:
             raise NotCanonical(f"{_path(at)} holds half of a surrogate pair, which is not a character") from None
-    return str(encode_basestring(text))
+    return _quote(text)
 
 
 def _number(number: Decimal, at: _Place) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from .canonical import MAX_EXPONENT, DuplicateKeys, JsonNumber, NotCanonical, plain_number, write_json
+from .canonical import MAX_EXPONENT, DuplicateKeys, JsonNumber, NotCanonical, plain_number, write_json, write_text
 
 MAX_EVENTS: Final = 1_000  # in one tokens.apply_many
 MAX_AMOUNT: Final = 10**12  # tokens; the default, a setting of the worker
@@ -56,22 +56,28 @@ def _untagged(value: object, tag: str) -> object:
 
 def _amount(value: object, info: ValidationInfo) -> Decimal:
     """An exact amount: an ASCII decimal string or a JSON integer, more than 0, at most max_amount."""
+    text = value if isinstance(value, str) else _amount_text(value)
+    if text is None or not _AMOUNT.fullmatch(text):
+        raise _refuse('must be digits with at most 20 before and 18 after the point, such as "12.5"')
+    amount = Decimal(text)
+    limit = info.context.get("max_amount", MAX_AMOUNT) if info.context else MAX_AMOUNT
+    if not 0 < amount <= limit:
+        raise _refuse(f"must be more than 0 and at most {limit}")
+    return amount
+
+
+def _amount_text(value: object) -> str | None:
+    """The digits of an amount that is no string; None if it has none."""
     if isinstance(value, dict):
         value = _decimal_tag(value)
     if isinstance(value, bool | float | JsonNumber) and not _is_long_integer(value):
         raise _refuse('must be a string such as "1.5" or a JSON integer: other numbers lose digits on their way')
     if isinstance(value, Decimal):
-        value = _plain(value)
+        return _plain(value)
     if isinstance(value, int):
         # An int this long cannot be an amount, and turning it into text would be slow or refused.
-        value = str(value) if -(10**40) < value < 10**40 else "9" * 41
-    if not isinstance(value, str) or not _AMOUNT.fullmatch(value):
-        raise _refuse('must be digits with at most 20 before and 18 after the point, such as "12.5"')
-    amount = Decimal(value)
-    limit = (info.context or {}).get("max_amount", MAX_AMOUNT)
-    if not 0 < amount <= limit:
-        raise _refuse(f"must be more than 0 and at most {limit}")
-    return amount
+        return str(value) if -(10**40) < value < 10**40 else "9" * 41
+    return None
 
 
 def _is_long_integer(value: object) -> bool:
@@ -215,24 +221,28 @@ def parse_event(data: object, *, type_: str | None = None, max_amount: int = MAX
         given = "missing" if kind is None and "type" not in data else _shown(kind)
         raise InvalidEvent(f"type is {given}: must be {_shown(type_) if type_ else 'accrual or burn'}.")
     try:
-        return model.model_validate(data, context={"max_amount": max_amount})
+        # What model_validate does, without its five keyword arguments: a sixth of the time.
+        return model.__pydantic_validator__.validate_python(data, context={"max_amount": max_amount})  # type: ignore[no-any-return]
     except ValidationError as error:
         raise InvalidEvent(_sentence(error)) from None
 
 
 def event_json(event: Event) -> str:
-    """The event as a producer sends it: canonical JSON, absent fields left out."""
-    fields: dict[str, Any] = {
-        "type": event.type,
-        "user_id": event.user_id,
-        "amount": plain_number(event.amount),
-        "idempotency_key": event.idempotency_key,
-        "source" if isinstance(event, Accrual) else "action": event.what,
-    }
+    """The event as a producer sends it: canonical JSON, but for metadata, which stands last; absent fields left out.
+
+    Raises NotCanonical for an event, made past its checks, that holds a NUL or a lone surrogate.
+    """
+    # Spelled out, names in their order: `write_json` of a dict of them takes four times as long.
+    what = write_text(event.what)
+    action, source = ("", f'"source":{what},') if isinstance(event, Accrual) else (f'"action":{what},', "")
+    moment = ""
     if event.occurred_at is not None:
-        fields["occurred_at"] = event.occurred_at.isoformat().replace("+00:00", "Z")
-    text = write_json(fields)
-    return text if event.metadata is None else f'{text[:-1]},"metadata":{event.metadata}}}'
+        moment = f'"occurred_at":"{event.occurred_at.isoformat().replace("+00:00", "Z")}",'
+    metadata = "" if event.metadata is None else f',"metadata":{event.metadata}'
+    return (
+        f'{{{action}"amount":"{plain_number(event.amount)}","idempotency_key":{write_text(event.idempotency_key)},'
+        f'{moment}{source}"type":"{event.type}","user_id":{write_text(event.user_id)}{metadata}}}'
+    )
 
 
 def _sentence(error: ValidationError) -> str:

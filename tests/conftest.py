@@ -33,6 +33,26 @@ if TYPE_CHECKING:
 OF_THE_MACHINE = {"TOKENTRAIL_PG_BIN", "TOKENTRAIL_VALKEY_SERVER"}
 
 
+#: The modules that take longest: begun last, one of them would be what a single process is at while the other is idle.
+LONGEST = (
+    "test_kombu_suite",
+    "test_up",
+    "test_docs",
+    "test_transport_with_celery",
+    "test_embedded",
+    "test_bench",
+    "test_transport_outages",
+    "test_migrations",
+    "test_worker",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 class Addresses(NamedTuple):
     """The servers of this run of the tests; tests ask for `database_url` and `broker_url`."""
 
@@ -51,7 +71,7 @@ def given(tmp_path_factory) -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as environment:
         for name in set(os.environ) - OF_THE_MACHINE:
             # Under `make test` the tests that run make must not be taken for a part of it.
-            if name in outside or name.startswith(("TOKENTRAIL_", "MAKE")) or name == "MFLAGS":
+            if name in outside or name.startswith(("TOKENTRAIL_", "MAKE")) or name in {"MFLAGS", "ARGS"}:
                 environment.delenv(name)
         environment.setenv("TOKENTRAIL_HOME", str(home))
         environment.setattr(config, "HOME", home)

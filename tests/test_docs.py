@@ -66,6 +66,8 @@ OF_THE_READER = {
     "http://127.0.0.1:8000": "api_url",
     "http://127.0.0.1:5555": "flower_url",
 }
+#: How the block begins that sets everything up by hand: it has a test of its own, in a folder of its own.
+BY_HAND = "python3 -m venv .venv\n"
 
 
 class Block(NamedTuple):
@@ -140,7 +142,7 @@ def system(given):
         log = folder / "up.log"
         with log.open("wb") as output:
             up = subprocess.Popen(
-                started_by_make_run(folder), cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+                started_by_make_run(), cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
         try:
             eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, 120)
@@ -163,7 +165,7 @@ def system(given):
             shutil.rmtree(folder / ".tokentrail", ignore_errors=True)
 
 
-def started_by_make_run(folder):
+def started_by_make_run():
     """The last line of the rule `run`: those before it install packages."""
     said = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     last = shlex.split(said.strip().splitlines()[-1])
@@ -190,7 +192,7 @@ def script(block, folder):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("block", blocks("sh"), ids=str)
+@pytest.mark.parametrize("block", [block for block in blocks("sh") if not block.text.startswith(BY_HAND)], ids=str)
 def test_every_block_of_commands_runs_and_prints_what_is_shown(system, block, requires_program):
     for program in ("curl", "redis-cli"):
         if program in block.text:
@@ -203,6 +205,55 @@ def test_every_block_of_commands_runs_and_prints_what_is_shown(system, block, re
         stop(staying)
     if block.shows is not None:
         assert shape(printed) == shape(block.shows)
+
+
+@pytest.fixture
+def copied():
+    """What the README's commands need of a clone, as it is here now."""
+    with tempfile.TemporaryDirectory(prefix="tokentrail-docs-") as parent:
+        Path(parent).chmod(0o755)  # when we are root, PostgreSQL runs as somebody else
+        folder = Path(parent) / "a clone"
+        folder.mkdir()
+        for name in ("worker", "schema", "migrations"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("celeryconfig.py", "pyproject.toml", "requirements.lock", "README.md"):
+            shutil.copy(ROOT / name, folder)
+        yield folder
+
+
+def test_where_there_is_no_make_the_commands_of_the_readme_do_the_same(copied, tmp_path):
+    """On a PATH where there is nothing but a Python."""
+    (block,) = (block for block in blocks("sh") if block.text.startswith(BY_HAND))
+    *installing, last = block.text.splitlines()
+    assert last.split() == started_by_make_run()
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(str(Path(sys.executable).resolve()))} "$@"\n')
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in {"TOKENTRAIL_HOME", "PYTHONPATH"}}
+    environment |= {
+        "PATH": str(tmp_path),
+        "TOKENTRAIL_API_PORT": str(free_port()),
+        "TOKENTRAIL_FLOWER_PORT": str(free_port()),
+    }
+
+    def bash(script):
+        command = ["/bin/bash", "-euc", script]
+        return subprocess.run(command, cwd=copied, env=environment, capture_output=True, text=True, check=False)
+
+    without = bash("make run")
+    assert (without.returncode, "make: command not found" in without.stderr) == (127, True)
+    installed = bash("\n".join(installing))
+    assert installed.returncode == 0, installed.stderr
+    log = copied / "up.log"
+    with log.open("wb") as output:
+        up = subprocess.Popen(last.split(), cwd=copied, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, 120)
+        assert up.poll() is None, log.read_text()
+    finally:
+        up.send_signal(signal.SIGINT)
+        assert up.wait(60) == 0, log.read_text()
+    assert "every token is accounted for" in log.read_text()
 
 
 def stop(staying):

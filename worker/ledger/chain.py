@@ -10,7 +10,7 @@ forms as SQL expressions: PostgreSQL alone can recompute a chain.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Final
@@ -92,12 +92,12 @@ def _of_event(event: Event, number: int, amount: str) -> tuple[str | None, ...]:
     )
 
 
-def _sha256(fields: Iterable[str | None]) -> bytes:
+def _sha256(fields: Sequence[str | None]) -> bytes:
     """The hash of the fields' form."""
-    form = [
-        _NULL if text is None else f"{len(text) if text.isascii() else len(text.encode())}:{text}" for text in fields
-    ]
-    return hashlib.sha256("".join(form).encode()).digest()
+    form = "".join([_NULL if text is None else f"{len(text)}:{text}" for text in fields])
+    if not form.isascii():  # then some text has more bytes than characters
+        form = "".join([_NULL if text is None else f"{len(text.encode())}:{text}" for text in fields])
+    return hashlib.sha256(form.encode()).digest()
 
 
 def _sql(*expressions: str) -> str:
