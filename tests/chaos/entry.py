@@ -14,6 +14,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from celery.__main__ import main
+from celery.events.dispatcher import EventDispatcher
 
 from worker.ledger.settle import Ledger
 
@@ -38,11 +39,12 @@ IMPORTED_BEFORE = (
 PR_SET_PDEATHSIG = 1
 
 
-def run(arguments: Sequence[str], environment: dict[str, str], log: str, poison: str) -> None:
+def run(arguments: Sequence[str], environment: dict[str, str], log: str, poison: str, quit_at: str) -> None:
     """Be a Celery worker until a signal ends it.
 
     With `poison` the process kills itself whenever the ledger is about to decide the event with that key, as an
-    event would that crashes the interpreter.
+    event would that crashes the interpreter. With `quit_at` it gets a SIGQUIT right behind the first task event of that
+    type.
     """
     if sys.platform == "linux":  # whatever kills the tests, no worker outlives them
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -54,6 +56,8 @@ def run(arguments: Sequence[str], environment: dict[str, str], log: str, poison:
     os.close(file)
     if poison:
         _make_deadly(poison)
+    if quit_at:
+        _quit_at(quit_at)
     warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
     sys.argv = list(arguments)
     sys.exit(main())
@@ -68,3 +72,15 @@ def _make_deadly(key: str) -> None:
         return attempt(ledger, deliveries, letters)
 
     Ledger.attempt = deadly
+
+
+def _quit_at(kind: str) -> None:
+    send = EventDispatcher.send
+
+    def sending(dispatcher, type, *args, **fields):  # noqa: A002 - Celery's name
+        send(dispatcher, type, *args, **fields)
+        if type == kind:
+            EventDispatcher.send = send
+            signal.raise_signal(signal.SIGQUIT)
+
+    EventDispatcher.send = sending

@@ -71,7 +71,9 @@ class Ground:
 
     # Workers
 
-    def start(self, *, database_url: str = "", broker_url: str = "", poison: str = "", **settings: Any) -> Worker:
+    def start(
+        self, *, database_url: str = "", broker_url: str = "", poison: str = "", quit_at: str = "", **settings: Any
+    ) -> Worker:
         """A worker that is starting. Settings are those of `worker.config`, by their names."""
         settings = {"visibility_timeout": VISIBILITY_TIMEOUT, "burn_patience": BURN_PATIENCE, **settings}
         environment = {f"TOKENTRAIL_{name.upper()}": str(value) for name, value in settings.items()}
@@ -79,7 +81,7 @@ class Ground:
             "DATABASE_URL": database_url or self.database_url,
             "BROKER_URL": broker_url or self.broker_url,
         }
-        worker = Worker(f"w{next(self._names)}", self.folder, environment, poison)
+        worker = Worker(f"w{next(self._names)}", self.folder, environment, poison, quit_at)
         self.workers.append(worker)
         return worker
 

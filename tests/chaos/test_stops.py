@@ -33,6 +33,19 @@ def test_a_stop_under_load_finishes_the_batch_and_puts_the_rest_back(ground, boo
     ground.drain(books).assert_nothing_lost(f"stopped by {sign.name} under load")
 
 
+def test_a_sigquit_between_an_outcome_and_its_answer_does_not_wait_for_itself(ground, books):
+    """Celery's handler waits for active tasks in the very thread that would end them, and fails when it cannot."""
+    ground.open(books)
+    ground.publish(books.messages_for(200))
+    worker = ground.start(quit_at="task-started", visibility_timeout=3600)
+    worker.process.join(SOON)
+    assert worker.process.exitcode == 0, worker.last_words()
+    assert worker.said("Traceback") == 0, worker.last_words()
+    assert ground.held() == 0, "what it had in hand is neither acknowledged nor put back"
+    ground.work()
+    ground.drain(books).assert_nothing_lost("a SIGQUIT in the middle of an answer")
+
+
 @SIGNALS
 def test_a_stop_while_postgresql_is_away_puts_everything_back_uncounted(ground, books, sign):
     """Also out of waiting for the database; and however often that happens, no message is blamed for it."""

@@ -28,13 +28,15 @@ _nursery.set_forkserver_preload([*entry.IMPORTED_BEFORE, entry.__name__])
 class Worker:
     """One worker process, which is starting when this returns."""
 
-    def __init__(self, name: str, folder: Path, environment: Mapping[str, str], poison: str = "") -> None:
+    def __init__(
+        self, name: str, folder: Path, environment: Mapping[str, str], poison: str = "", quit_at: str = ""
+    ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         self.log.touch()
         arguments = [*CELERY, "--loglevel", "INFO", "--hostname", f"{name}@%h"]
         self.process = _nursery.Process(
-            target=entry.run, args=(arguments, {**os.environ, **environment}, str(self.log), poison)
+            target=entry.run, args=(arguments, {**os.environ, **environment}, str(self.log), poison, quit_at)
         )
         self.process.start()
         assert self.process.pid is not None
