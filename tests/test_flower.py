@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -49,8 +50,11 @@ class Flower:
             return False
 
     def get(self, path: str) -> Any:
+        return json.loads(self.text(path))
+
+    def text(self, path: str) -> str:
         with urlopen(self.url + path, timeout=10) as answer:
-            return json.load(answer)
+            return answer.read().decode()
 
     def close(self) -> None:
         self._process.terminate()
@@ -87,6 +91,11 @@ def test_flower_shows_each_event_with_arguments_success_and_result_and_nothing_s
     assert zoe["name"] == "tokens.accrue"
     assert "'amount': '12.5'" in zoe["kwargs"]
     assert [queue["name"] for queue in flower.get("/api/queues/length")["active_queues"]] == ["tokens"]
+
+    counted = re.findall(
+        r'flower_events_total\{task="tokens\.(\w+)",type="task-succeeded",.*\} (\S+)', flower.text("/metrics")
+    )
+    assert dict(counted) == {"accrue": "301.0", "burn": "1.0"}, "what Prometheus reads"
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
