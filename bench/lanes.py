@@ -14,7 +14,7 @@ from .workload import events, open_accounts
 LANES = 4
 USERS = 10_000
 
-#: Events a batch. Two processors are busy with some 3,500 events/s however many processes there are, and four come
+#: Events a batch. Two processors are busy with some 4,000 events/s however many processes there are, and four come
 #: near that with batches of 100; those of 500 have no target.
 SIZES = (50, 100, 500)
 AIMED_AT = (50, 100)

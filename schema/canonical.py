@@ -157,7 +157,7 @@ def _write(value: object, emit: Any, order: Any, depth: int, at: _Place) -> None
 
 
 def write_text(text: str, at: _Place = None) -> str:
-    """The canonical text of a string. Raises NotCanonical for a NUL or a lone surrogate."""
+    """The canonical text of a string. Raises NotCanonical, naming the place `at`, for a NUL or a lone surrogate."""
     if "\x00" in text:
         raise NotCanonical(f"{_path(at)} holds a NUL character, which PostgreSQL cannot store")
     if not text.isascii():

@@ -221,7 +221,7 @@ def parse_event(data: object, *, type_: str | None = None, max_amount: int = MAX
         given = "missing" if kind is None and "type" not in data else _shown(kind)
         raise InvalidEvent(f"type is {given}: must be {_shown(type_) if type_ else 'accrual or burn'}.")
     try:
-        # What model_validate does, without its five keyword arguments: a sixth of the time.
+        # What model_validate does, but for passing on five keyword arguments, which takes a sixth of its time.
         return model.__pydantic_validator__.validate_python(data, context={"max_amount": max_amount})  # type: ignore[no-any-return]
     except ValidationError as error:
         raise InvalidEvent(_sentence(error)) from None
@@ -232,16 +232,22 @@ def event_json(event: Event) -> str:
 
     Raises NotCanonical for an event, made past its checks, that holds a NUL or a lone surrogate.
     """
-    # Spelled out, names in their order: `write_json` of a dict of them takes four times as long.
-    what = write_text(event.what)
-    action, source = ("", f'"source":{what},') if isinstance(event, Accrual) else (f'"action":{what},', "")
+    # Spelled out, names in their order: `write_json` of a dict of them takes two to three times as long.
+    user, key = (
+        write_text(event.user_id, (None, "user_id")),
+        write_text(event.idempotency_key, (None, "idempotency_key")),
+    )
+    if isinstance(event, Accrual):
+        action, source = "", f'"source":{write_text(event.source, (None, "source"))},'
+    else:
+        action, source = f'"action":{write_text(event.action, (None, "action"))},', ""
     moment = ""
     if event.occurred_at is not None:
         moment = f'"occurred_at":"{event.occurred_at.isoformat().replace("+00:00", "Z")}",'
     metadata = "" if event.metadata is None else f',"metadata":{event.metadata}'
     return (
-        f'{{{action}"amount":"{plain_number(event.amount)}","idempotency_key":{write_text(event.idempotency_key)},'
-        f'{moment}{source}"type":"{event.type}","user_id":{write_text(event.user_id)}{metadata}}}'
+        f'{{{action}"amount":"{plain_number(event.amount)}","idempotency_key":{key},'
+        f'{moment}{source}"type":"{event.type}","user_id":{user}{metadata}}}'
     )
 
 

@@ -224,35 +224,45 @@ def copied():
 def test_where_there_is_no_make_the_commands_of_the_readme_do_the_same(copied, tmp_path):
     """On a PATH where there is nothing but a Python."""
     (block,) = (block for block in blocks("sh") if block.text.startswith(BY_HAND))
-    *installing, last = block.text.splitlines()
+    _, *installing, last = block.text.splitlines()
+    rule = re.search(r"^\.venv/runtime:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert [line.partition(" pip install ")[2] for line in installing] == re.findall(r"\$\(PIP\) (.*)", rule)
     assert last.split() == started_by_make_run()
+
     python = tmp_path / "python3"
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(str(Path(sys.executable).resolve()))} "$@"\n')
     python.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name not in {"TOKENTRAIL_HOME", "PYTHONPATH"}}
+    not_inherited = {"TOKENTRAIL_HOME", "PYTHONPATH", "LANGUAGE"}
+    environment = {name: value for name, value in os.environ.items() if name not in not_inherited}
     environment |= {
         "PATH": str(tmp_path),
+        "LC_ALL": "C",
         "TOKENTRAIL_API_PORT": str(free_port()),
         "TOKENTRAIL_FLOWER_PORT": str(free_port()),
     }
 
     def bash(script):
         command = ["/bin/bash", "-euc", script]
-        return subprocess.run(command, cwd=copied, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=copied, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
 
     without = bash("make run")
     assert (without.returncode, "make: command not found" in without.stderr) == (127, True)
-    installed = bash("\n".join(installing))
+    installed = bash(block.text.removesuffix(f"{last}\n"))
+    if installed.returncode != 0 and os.environ.get("CI") != "true":
+        pytest.skip(f"pip could not install: {installed.stderr.strip()[-300:]}")
     assert installed.returncode == 0, installed.stderr
     log = copied / "up.log"
     with log.open("wb") as output:
         up = subprocess.Popen(last.split(), cwd=copied, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, 120)
-        assert up.poll() is None, log.read_text()
-    finally:
         up.send_signal(signal.SIGINT)
         assert up.wait(60) == 0, log.read_text()
+    finally:
+        up.kill()
+        up.wait()
     assert "every token is accounted for" in log.read_text()
 
 

@@ -36,9 +36,9 @@ def test_a_stop_under_load_finishes_the_batch_and_puts_the_rest_back(ground, boo
 def test_a_sigquit_between_an_outcome_and_its_answer_does_not_wait_for_itself(ground, books):
     """Celery's handler waits for active tasks in the very thread that would end them, and fails when it cannot."""
     ground.open(books)
+    worker = ground.start(quit_at="task-started", visibility_timeout=3600).ready()
     ground.publish(books.messages_for(200))
-    worker = ground.start(quit_at="task-started", visibility_timeout=3600)
-    worker.process.join(SOON)
+    worker.process.join(15)  # less than the soft shutdown, which it would sleep through
     assert worker.process.exitcode == 0, worker.last_words()
     assert worker.said("Traceback") == 0, worker.last_words()
     assert ground.held() == 0, "what it had in hand is neither acknowledged nor put back"
