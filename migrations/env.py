@@ -55,11 +55,15 @@ def _connect(url: str) -> psycopg.Connection:
     the server still builds its index, and the next migrator would meet that half-way.
     """
     connection = psycopg.connect(url, autocommit=True, application_name="tokentrail migrate", connect_timeout=5)
-    refuse_old_server(connection)
-    # The server ends a statement whose migrator was killed, rather than finish an index nobody waits for.
-    connection.execute("SET client_connection_check_interval = '1s'")
-    _wait_for_our_turn(connection)
-    connection.autocommit = False
+    try:
+        refuse_old_server(connection)
+        # The server ends a statement whose migrator was killed, rather than finish an index nobody waits for.
+        connection.execute("SET client_connection_check_interval = '1s'")
+        _wait_for_our_turn(connection)
+        connection.autocommit = False
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

@@ -17,7 +17,7 @@ import uuid
 import zlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Self
-from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
@@ -27,6 +27,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
+from .addresses import check_broker, shown
 from .canonical import plain_number
 from .events import MAX_EVENTS, Accrual, Event, event_json
 
@@ -58,8 +59,9 @@ def connect(broker_url: str, *, master_name: str | None = None, timeout: float =
 
     For Sentinel `master_name`, or ?master_name=… in the URL, names the master; user and password in the URL
     are the master's. Connecting is tried four times, within `timeout` seconds each; a command never is.
-    Raises ValueError when the URL cannot be understood. Nothing is sent yet.
+    Raises ValueError, which does not repeat the URL, when it cannot be understood. Nothing is sent yet.
     """
+    check_broker(broker_url)
     options: dict[str, Any] = {
         "protocol": 2,  # no handshake beyond AUTH: the same on Redis and Valkey of any age
         "socket_timeout": timeout,
@@ -117,7 +119,7 @@ class Publisher:
         if lanes < 0:
             raise ValueError("lanes must not be negative.")
         self._redis = connect(broker_url, master_name=master_name, timeout=timeout)
-        self._server = address(broker_url)
+        self._server = shown(broker_url)
         self._queue = queue
         self._lanes = lanes
         self._origin = json.dumps(f"{os.getpid()}@{socket.gethostname()}")
@@ -319,13 +321,5 @@ def unreachable(server: str, error: Exception) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error).rstrip(".") or type(error).__name__
-
-
-def address(broker_url: str) -> str:
-    """The URL without user and password, fit for a log."""
-    shown = []
-    for part in broker_url.split(";"):
-        url = urlsplit(part)
-        shown.append(urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2], scheme="", query="")))
-    return ";".join(shown).replace("//", "")
+    said = str(error).partition(" : <redis")[0]  # Sentinel's client prints its objects
+    return said.rstrip(".") or type(error).__name__

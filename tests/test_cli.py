@@ -187,7 +187,9 @@ def test_publish_says_when_redis_is_away_and_names_the_key(tokentrail, monkeypat
     code, out, err = tokentrail(*ONE, "--key", "order-1")
     assert (code, out) == (1, "")
     assert err.startswith("tokentrail: Redis at 127.0.0.1:")
-    assert err.endswith("1 event not published. Its key is order-1.\n")
+    assert err.endswith(
+        "1 event not published. When that is mended, publish it again with --key order-1: it counts once.\n"
+    )
     assert "secret" not in err
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,8 @@ import psycopg
 import pytest
 from brokers import eventually, free_port
 from celery import Celery
+from typer.exceptions import TyperException
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from schema.events import Accrual, Burn, event_json
@@ -39,6 +42,7 @@ from worker.queue.tasks import APPLY_MANY, read_work
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 #: Lines that no test can run, and why. All of them start with make: its rules are looked at with `make -n`.
@@ -148,9 +152,8 @@ def system(given):
             eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, 120)
             assert up.poll() is None, log.read_text()
             addresses = json.loads((folder / ".tokentrail" / "servers.json").read_text())
-            path = [Path(sys.executable).parent, binaries.postgres_folder(), environment["PATH"]]
             environment |= {
-                "PATH": os.pathsep.join(map(str, path)),
+                "PATH": os.pathsep.join([str(binaries.postgres_folder()), *plain_path()]),
                 "TOKENTRAIL_API_PORT": str(free_port()),  # of a second one: the first is taken
                 "FLOWER_PORT": str(free_port()),
             }
@@ -163,6 +166,12 @@ def system(given):
                 up.kill()
                 up.wait()
             shutil.rmtree(folder / ".tokentrail", ignore_errors=True)
+
+
+def plain_path():
+    """The folders of PATH without the virtual environment's: no reader's shell has that until told so."""
+    ours = Path(sys.executable).parent.resolve()
+    return [folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder).resolve() != ours]
 
 
 def started_by_make_run():
@@ -283,18 +292,32 @@ def shape(text):
 
 
 def test_every_make_target_in_the_documents_exists():
-    """`make -n` fails for one that does not, and prints what it would do for one that does."""
-    said = {
-        command for page in PAGES for command in re.findall(r"(?<![\w/])make [a-z][a-z-]+(?=[`\s])", page.read_text())
-    }
+    """`make -n` prints what it would do for one that does."""
+    said = {target: document.name for document in DOCUMENTS for target in made_in(document.read_text())}
+    said |= {target: "NOT_RUN" for command in NOT_RUN for target in made_in(f"`{command}`")}
+    assert {"run", "test", "bench", "compose-env"} <= said.keys()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert "make run" in said
-    for command in said & {f"make {target}" for target in targets} | {
-        each for each in NOT_RUN if each.startswith("make")
-    }:
-        subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, check=True)
+    assert {target: where for target, where in said.items() if target not in targets} == {}
+    for target in said:
+        subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=True)
     in_blocks = {line.partition("  #")[0].strip() for block in blocks("sh") for line in block.text.splitlines()}
     assert {line for line in in_blocks if line.startswith(("make", "docker"))} <= NOT_RUN.keys()
+
+
+def made_in(text):
+    """The targets of make that a document names in its code: in prose "make a note" is no command."""
+    code = [
+        *(line for fence in FENCE.finditer(text) for line in fence[2].splitlines()),
+        *re.findall(r"`([^`]+)`", FENCE.sub("", text)),
+    ]
+    for command in code:
+        if called := re.match(r"\s*make((?:\s+[\w.=/-]+)+)", command.partition("#")[0]):
+            yield from (word for word in called[1].split() if re.fullmatch(r"[a-z][\w-]*", word))
+
+
+def test_targets_of_make_are_found_in_code_and_not_in_prose():
+    prose = "Many make a mess of it: `make`, `make one`, `make two ARGS=--fast`.\n"
+    assert list(made_in(f"{prose}```sh\nmake three  # make no\n```\nmake us laugh")) == ["three", "one", "two"]
 
 
 def test_readme_shows_what_the_demo_prints(system):
@@ -319,8 +342,12 @@ def test_every_block_of_python_runs_and_its_event_is_applied(system, block):
 
 def receipt(system, user, key):
     url = f"{system.addresses['api_url']}/api/account/receipts?userId={user}&idempotencyKey={key}"
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
+    with opener().open(url, timeout=10) as answer:
         return json.load(answer)["receipts"][0]
+
+
+def opener():
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def test_what_the_concepts_say_becomes_of_their_examples_becomes_of_them(system):
@@ -345,8 +372,45 @@ def test_configuration_page_is_current():
     assert page("configuration.md") == settings_page.page(), "python -m worker.settings_page > docs/configuration.md"
 
 
+def test_every_address_in_the_documents_answers(system):
+    said = {
+        (document.name, address)
+        for document in DOCUMENTS
+        for address in re.findall(r"http://127\.0\.0\.1:\d+[^\s`\"]*", document.read_text())
+    }
+    assert ("README.md", "http://127.0.0.1:5555") in said
+    for document, address in said:
+        with opener().open(system.as_here(address), timeout=10) as answer:
+            assert answer.status == 200, f"{document}: {address}"
+            if "acme-research" in address:
+                assert json.load(answer)["transactions"], f"{document}: {address} is empty"
+
+
+def test_flower_says_what_the_readme_says_it_says(system):
+    """Of the README's first event, which runs again here and changes nothing."""
+    (block,) = (block for block in blocks("sh") if block.page.name == "README.md" and "--key order-4711" in block.text)
+    system.run(system.as_here(block.text))
+    said = re.search(
+        r"these are `(.*)` and `(.*)`; the Result of the first is `(.*)`\.", (ROOT / "README.md").read_text()
+    )
+
+    def shown():
+        with opener().open(f"{system.addresses['flower_url']}/api/tasks?limit=20000", timeout=10) as answer:
+            tasks = json.load(answer).values()
+        return {(each["name"], each["result"]) for each in tasks if "alice" in (each["kwargs"] or "")}
+
+    eventually(lambda: (said[1], said[3]) in shown(), 30)
+    assert said[2] in {name for name, _ in shown()}
+
+
+def test_architecture_names_every_layer_of_imports():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert f"`{' → '.join(layers)}`" in (ROOT / "ARCHITECTURE.md").read_text()
+
+
 def test_links_between_the_documents_lead_somewhere():
-    for document in (*PAGES, ROOT / "ARCHITECTURE.md"):
+    for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
@@ -389,17 +453,34 @@ def one(what, amount, number):
     return Burn(user_id=f"user-{number % 1000:06}", amount=amount, idempotency_key=key, action="embedding")
 
 
-def test_every_command_shows_examples_that_it_understands():
-    """Of its own name, and in the words of its options."""
+def test_every_command_and_group_shows_examples_that_it_understands():
+    """Of itself, or of what it groups; read as the command line reads them, and not run."""
     assert set(EXAMPLES) == set(commands(cli))
+    program = get_command(cli)
     for name, examples in EXAMPLES.items():
         shown = help_of(*name.split())
         for example in examples:
             assert example in shown
-            program, *arguments = shlex.split(example)
-            assert [program, *arguments[: len(name.split())]] == ["tokentrail", *name.split()]
-            assert {each for each in arguments if each.startswith("--")} <= set(re.findall(r"--[a-z-]+", shown))
+            called = understood(program, *shlex.split(example))
+            assert called in {f"tokentrail {each}" for each in EXAMPLES if each}
+            assert f"{called} ".startswith(f"{shlex.join(['tokentrail', *name.split()])} ")
     assert EXIT_CODES in help_of()
+
+
+def understood(command, name, *arguments, parent=None):
+    """What is called, such as `tokentrail migrate status`. Raises TyperException where a word of it is wrong."""
+    with command.make_context(name, list(arguments), parent=parent) as context:
+        rest = [*context._protected_args, *context.args]
+        if not rest:
+            return context.command_path
+        name, inner, arguments = command.resolve_command(context, rest)
+        return understood(inner, name, *arguments, parent=context)
+
+
+@pytest.mark.parametrize("wrong", ["up --no-such", "history", "api --port http", "dead-letters lost", "supply all"])
+def test_what_the_command_line_cannot_read_is_not_understood(wrong):
+    with pytest.raises(TyperException):
+        understood(get_command(cli), "tokentrail", *wrong.split())
 
 
 def help_of(*command):
@@ -409,15 +490,29 @@ def help_of(*command):
 
 
 def commands(group, prefix=""):
+    """The names of all commands and groups; that of the program itself is empty."""
+    yield prefix.rstrip()
     for command in group.registered_commands:
         yield f"{prefix}{command.name or command.callback.__name__}"
     for inner in group.registered_groups:
-        if inner.typer_instance.registered_callback is not None:
-            yield f"{prefix}{inner.name}"
         yield from commands(inner.typer_instance, f"{prefix}{inner.name} ")
 
 
 def test_shell_completes_commands(system):
-    assert "complete -o default -F _tokentrail_completion tokentrail" in system.run("tokentrail --show-completion bash")
-    asked = 'COMP_WORDS="tokentrail dead" COMP_CWORD=1 _TOKENTRAIL_COMPLETE=complete_bash tokentrail'
-    assert system.run(asked) == "dead-letters\n"
+    """In bash, with what --show-completion prints: it asks the program, through _TOKENTRAIL_COMPLETE, at each Tab."""
+    script = """
+        . .venv/bin/activate
+        eval "$(tokentrail --show-completion)"
+        complete -p tokentrail
+        COMP_WORDS=(WORDS); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+        _tokentrail_completion tokentrail "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    for words, expected in {
+        "tokentrail dead": ["dead-letters"],
+        "tokentrail s": ["supply", "settings"],
+        "tokentrail dead-letters re": ["replay"],
+        "tokentrail history alice --pa": ["--page"],
+    }.items():
+        printed = system.run(script.replace("(WORDS)", f"({words})")).splitlines()
+        assert printed == ["complete -o default -F _tokentrail_completion tokentrail", *expected]

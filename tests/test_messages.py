@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,8 +17,12 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from brokers import Broker, free_port
+from brokers import Broker, eventually, free_port
+from chaos.proxy import Proxy
 
+from schema.addresses import masked
+from schema.events import Accrual
+from schema.publisher import Publisher
 from worker import config
 from worker.cli import main
 from worker.db import ROOT
@@ -63,12 +68,75 @@ def expect(said, code, *words):
             "TOKENTRAIL_BATCH_SIZE is not usable: Input should be greater than or equal to 1",
         ),
         ("TOKENTRAIL_TRANSPORT", "magic", "TOKENTRAIL_TRANSPORT is not usable: Input should be 'atomic' or 'stock'"),
-        ("TOKENTRAIL_LOG_LEVEL", "LOUD", "TOKENTRAIL_LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR, not 'LOUD'"),
+        (
+            "TOKENTRAIL_LOG_LEVEL",
+            "loud",
+            "TOKENTRAIL_LOG_LEVEL is not usable: Input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'",
+        ),
+        (
+            "TOKENTRAIL_LOG_FORMAT",
+            "xml",
+            "TOKENTRAIL_LOG_FORMAT is not usable: Input should be 'auto', 'json' or 'console'",
+        ),
     ],
 )
 def test_setting_that_is_wrong(tokentrail, servers, variable, value, words):
     given = {"DATABASE_URL": servers.database_url, "BROKER_URL": servers.broker_url}
     expect(tokentrail("api", **given | {variable: value}), 2, words)
+
+
+@pytest.mark.parametrize("command", [("supply",), ("migrate",), ("worker",), ("settings",)])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:hu%zzsh@127.0.0.1:1/d",
+        "postgresql://u:hu sh@127.0.0.1:1/d",
+        "postgresql://u:p@hush@127.0.0.1:1/d",
+        "postgresql://u:hu/sh@127.0.0.1:1/d",
+        "postgresql://u:12/hush@127.0.0.1:1/d",
+        "postgresql://u:hush@127.0.0.1:port/d",
+        "postgresql://u:hush@127.0.0.1:1/d?hush=1",
+    ],
+)
+def test_database_url_that_cannot_be_read(tokentrail, broker_url, command, url):
+    """Whatever of it the parsers take for host, port or option may be the password's."""
+    said = tokentrail(*command, DATABASE_URL=url, BROKER_URL=broker_url)
+    expect(said, 2, "DATABASE_URL is not usable: it cannot be read as an address: check ", "%2F for /")
+    assert not {"hu", "sh", "zz"} & set(said[1].replace("%", " ").split())
+
+
+@pytest.mark.parametrize("command", [PUBLISH, ("worker",), ("settings",)])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hu;sh@127.0.0.1:1/0",
+        "redis://:12;hush@127.0.0.1:1/0",
+        "redis://:hu/sh@127.0.0.1:1/0",
+        "redis://:12/hush@127.0.0.1:1/0",
+        "redis://:hu?sh@127.0.0.1:1/0",
+        "redis://:12?hush@127.0.0.1:1/0",
+        "redis://:12#hush@127.0.0.1:1/0",
+        "redis://:hush@127.0.0.1:port/0",
+    ],
+)
+def test_broker_url_that_cannot_be_read(tokentrail, database_url, command, url):
+    said = tokentrail(*command, DATABASE_URL=database_url, BROKER_URL=url)
+    expect(said, 2, "BROKER_URL is not usable: it cannot be read as an address: check ", "%2F for /")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:hush@h:1/d", "postgresql://me:***@h:1/d"),
+        ("postgresql://me:h#u;s?h@h:1/d", "postgresql://me:***@h:1/d"),
+        ("postgresql://me:12@h:1/d?sslpassword=hush", "postgresql://me:***@h:1/d?***"),
+        ("redis://:hu@sh@h:1/0", "redis://:***@h:1/0"),
+        ("sentinel://a:1;sentinel://:hush@b:2/0?master_name=x", "sentinel://a:1;sentinel://:***@b:2/0?master_name=x"),
+        ("redis://h:1/0", "redis://h:1/0"),
+    ],
+)
+def test_address_is_shown_without_its_password(url, shown):
+    assert masked(url, "***") == shown
 
 
 @pytest.mark.parametrize("command", [("supply",), ("worker",), ("migrate",), ("migrate", "status"), ("history", "a")])
@@ -117,6 +185,90 @@ def test_database_with_a_newer_schema_is_worked_with_and_a_stranger_is_not(token
     expect(
         tokentrail("worker", **given), 1, "names 9999, which is not a migration of tokentrail", "a database of its own"
     )
+
+
+class _OldPostgreSQL(Proxy):
+    """A server that says of itself that it is of 2021: no package of the machine brings one."""
+
+    def passed(self, data):
+        return re.sub(rb"(server_version\0)\d\d", rb"\g<1>14", data)
+
+
+@pytest.mark.parametrize("command", ["worker", "migrate"])
+def test_postgresql_that_is_too_old(tokentrail, database_url, broker_url, command):
+    with _OldPostgreSQL(database_url) as old:
+        said = tokentrail(command, DATABASE_URL=old.url, BROKER_URL=broker_url)
+    expect(said, 1, "PostgreSQL 14 is too old: tokentrail needs 15 or newer.")
+
+
+def test_worker_on_a_newer_schema_says_so_and_works(database_url, broker_url):
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        given = {"DATABASE_URL": database_url, "BROKER_URL": broker_url}
+        command = [sys.executable, "-m", "worker.cli", "worker"]
+        worker = subprocess.Popen(command, env={**os.environ, **given}, stderr=subprocess.PIPE, text=True)
+        try:
+            line = worker.stderr.readline()
+            with Publisher(broker_url) as publisher:
+                publisher.publish(Accrual(user_id="ann", amount=1, idempotency_key="k", source="test"))
+            eventually(lambda: connection.execute("SELECT balance FROM account").fetchall() == [(1,)], 60)
+        finally:
+            worker.kill()
+            worker.communicate()
+    assert line == "The schema is at 9999, newer than this code (0002); deploy the newer code soon.\n"
+
+
+def ended(*arguments, **options):
+    """The command in a process of its own: exit code and standard error."""
+    options = {"stdout": subprocess.DEVNULL, **options}
+    environment = {**os.environ, **options.pop("environment", {})}
+    process = subprocess.run(
+        [sys.executable, "-m", "worker.cli", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        **options,
+    )
+    return process.returncode, process.stderr
+
+
+def test_folder_that_cannot_be_used(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    said = ended("up", environment={"TOKENTRAIL_HOME": str(file)})
+    expect(said, 1, f"Cannot use {file} (File exists): choose a place that is a folder, TOKENTRAIL_HOME names it.")
+
+
+@pytest.mark.parametrize("command", [("settings",), ("settings", "--json"), ("migrate", "--sql")])
+def test_output_that_cannot_be_written(command):
+    with Path("/dev/full").open("w") as full:
+        said = ended(*command, stdout=full)
+    expect(said, 1, "Cannot write the output (No space left on device): free some space.")
+
+
+def test_output_that_nobody_reads_any_more():
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert ended("migrate", "--sql", stdout=writing) == (1, "")
+    finally:
+        os.close(writing)
+
+
+def test_revision_that_is_not_there(tokentrail, database_url):
+    expect(tokentrail("migrate", "--from", "zzz", "--sql"), 2, "There is no revision zzz", "migrate status")
+    expect(tokentrail("migrate", "--from", "0001", DATABASE_URL=database_url), 2, "--from is for --sql")
+
+
+def test_database_that_may_not_be_written(tokentrail, database_url):
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        name = connection.info.dbname
+        connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+    said = tokentrail("migrate", DATABASE_URL=database_url)
+    expect(said, 1, "PostgreSQL said no (cannot execute ", ": it is a read-only standby, so name the primary in")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +347,13 @@ def test_redis_that_is_too_old_is_refused():
 def test_redis_that_is_full(tokentrail, tmp_path):
     with Broker(tmp_path, "--maxmemory", "1") as broker:
         said = tokentrail(*PUBLISH, BROKER_URL=broker.url)
-    expect(said, 1, f"Redis at 127.0.0.1:{broker.port}/0 refused the message (", "1 event not published. Its key is k.")
+    expect(
+        said,
+        1,
+        f"Redis at 127.0.0.1:{broker.port}/0 refused the message (",
+        "1 event not published.",
+        "again with --key k: ",
+    )
 
 
 def test_port_that_is_taken(tokentrail, database_url):

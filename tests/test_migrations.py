@@ -12,7 +12,6 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -27,7 +26,6 @@ from worker.db import (
     current_revision,
     known_revision,
     migrate,
-    refuse_old_server,
 )
 from worker.embedded.binaries import postgres_folder
 
@@ -657,15 +655,6 @@ def test_a_database_of_another_application_is_not_taken_for_a_newer_schema(empty
         )
         with pytest.raises(SchemaError, match="names ab12, which is not a migration of tokentrail"):
             check_schema(connection)
-
-
-def test_a_server_older_than_15_is_refused(empty_database_url):
-    with psycopg.connect(empty_database_url) as connection:
-        refuse_old_server(connection)
-    # The one server that cannot be had to try with: no package of the machine brings it.
-    old = SimpleNamespace(info=SimpleNamespace(server_version=140_012))
-    with pytest.raises(SchemaError, match=r"^PostgreSQL 14 is too old: tokentrail needs 15 or newer\.$"):
-        refuse_old_server(old)
 
 
 def _set_revision(url, revision):

@@ -131,4 +131,4 @@ def _refuses(connection, table, changes):
             connection.execute(change.format(table))
         verb = change.split()[0]
         assert refused.value.diag.message_primary == f"{verb} of {table} refused: the audit trail is append-only"
-        assert refused.value.diag.message_hint == "Correct a record with another one: tokentrail correct."
+        assert refused.value.diag.message_hint == "Correct a record with another event: tokentrail publish."

@@ -7,9 +7,14 @@ import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from schema import addresses
 
 #: Where `tokentrail up` keeps its servers' data and writes their addresses (mode 0600).
 HOME = Path(os.environ.get("TOKENTRAIL_HOME", ".tokentrail"))
@@ -27,12 +32,14 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         None,
         validation_alias="DATABASE_URL",
-        description="PostgreSQL, as postgresql://user:password@host:port/database. Not set: an embedded server.",
+        description="PostgreSQL, as postgresql://user:password@host:port/database. Not set: that of a running"
+        " `tokentrail up`; `up` and `demo` start one.",
     )
     broker_url: SecretStr | None = Field(
         None,
         validation_alias="BROKER_URL",
-        description="Redis or Valkey, as redis://, rediss:// or sentinel://. Not set: an embedded server.",
+        description="Redis or Valkey, as redis://, rediss:// or sentinel://. Not set: that of a running"
+        " `tokentrail up`; `up` and `demo` start one.",
     )
     queue: str = Field("tokens", description="The queue's name; lanes are <queue>.0, <queue>.1, …")
     transport: Literal["atomic", "stock"] = Field(
@@ -69,25 +76,34 @@ class Settings(BaseSettings):
     api_host: str = Field("127.0.0.1", description="Address the read endpoint listens on.")
     api_port: Annotated[int, Field(ge=1, le=65_535)] = Field(8000, description="Port the read endpoint listens on.")
     flower_port: Annotated[int, Field(ge=1, le=65_535)] = Field(5555, description="Port Flower listens on.")
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
-    log_format: str = Field("auto", description="json, console, or auto: console on a terminal, else json.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="What is logged, and above.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: console on a terminal, else json."
+    )
     pg_bin: Path | None = Field(None, description="Folder of initdb and postgres, instead of the embedded ones.")
     valkey_server: Path | None = Field(
         None, description="A valkey-server or redis-server, instead of the embedded one."
     )
 
+    @field_validator("log_level", "log_format", mode="before")
+    @classmethod
+    def _in_any_case(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, str):
+            return value
+        return value.upper() if info.field_name == "log_level" else value.lower()
+
     @field_validator("database_url")
     @classmethod
-    def _postgresql_only(cls, url: SecretStr | None) -> SecretStr | None:
-        if url and not url.get_secret_value().startswith(("postgresql://", "postgres://")):
-            raise ValueError("must start with postgresql://")
+    def _an_address_of_postgresql(cls, url: SecretStr | None) -> SecretStr | None:
+        if url:
+            _check_database(url.get_secret_value())
         return url
 
     @field_validator("broker_url")
     @classmethod
-    def _redis_only(cls, url: SecretStr | None) -> SecretStr | None:
-        if url and not url.get_secret_value().startswith(("redis://", "rediss://", "sentinel://")):
-            raise ValueError("must start with redis://, rediss:// or sentinel://")
+    def _an_address_of_redis(cls, url: SecretStr | None) -> SecretStr | None:
+        if url:
+            addresses.check_broker(url.get_secret_value())
         return url
 
     def database(self) -> str:
@@ -101,6 +117,20 @@ class Settings(BaseSettings):
         if self.broker_url is None:
             raise ConfigError("No broker: set BROKER_URL, or start the embedded servers with `tokentrail up`.")
         return self.broker_url.get_secret_value()
+
+
+def _check_database(url: str) -> None:
+    """Raise ValueError, which repeats nothing of the URL, unless libpq can read it, and reads what was meant."""
+    if not url.startswith(("postgresql://", "postgres://")):
+        raise ValueError("must start with postgresql://")
+    try:
+        parts, path = conninfo_to_dict(url), urlsplit(url).path
+    except (ProgrammingError, ValueError):
+        raise ValueError(addresses.UNREADABLE) from None
+    ports = str(parts.get("port", "")).split(",")
+    # A password with / or @ in it spills over into host, port and database.
+    if "@" in str(parts.get("host", "")) or "@" in path or not all(port.isdigit() for port in ports if port):
+        raise ValueError(addresses.UNREADABLE)
 
 
 def _running_servers() -> dict[str, Any]:

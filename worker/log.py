@@ -8,29 +8,16 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from worker.config import ConfigError
-
 if TYPE_CHECKING:
     from structlog.typing import Processor
 
     from worker.config import Settings
 
-_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-_FORMATS = ("auto", "json", "console")
-
 
 def set_up(settings: Settings) -> None:
-    """Send structlog's events and the standard library's records the same way. Safe to call again.
-
-    Raises ConfigError when TOKENTRAIL_LOG_LEVEL or TOKENTRAIL_LOG_FORMAT has no such value.
-    """
-    level, form = settings.log_level.upper(), settings.log_format.lower()
-    if level not in _LEVELS:
-        raise ConfigError(f"TOKENTRAIL_LOG_LEVEL must be one of {', '.join(_LEVELS)}, not {settings.log_level!r}.")
-    if form not in _FORMATS:
-        raise ConfigError(f"TOKENTRAIL_LOG_FORMAT must be one of {', '.join(_FORMATS)}, not {settings.log_format!r}.")
+    """Send structlog's events and the standard library's records the same way. Safe to call again."""
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    for_people = form == "console" or (form == "auto" and on_terminal)
+    for_people = settings.log_format == "console" or (settings.log_format == "auto" and on_terminal)
 
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -62,7 +49,7 @@ def set_up(settings: Settings) -> None:
         )
     )
     # The steps of its start and stop; ours says when it listens.
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLevelName(level)))
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLevelName(settings.log_level)))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level)
+    root.setLevel(settings.log_level)

@@ -216,7 +216,7 @@ def upgrade() -> None:
             BEGIN
                 RAISE EXCEPTION '% of % refused: the audit trail is append-only', TG_OP, TG_TABLE_NAME
                     USING ERRCODE = 'restrict_violation',
-                          HINT = 'Correct a record with another one: tokentrail correct.';
+                          HINT = 'Correct a record with another event: tokentrail publish.';
             END $$
         """)
         for table in APPEND_ONLY:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import typer
 from pydantic import SecretStr
 
+from schema.addresses import masked
 from worker.config import Settings, settings
 from worker.show import console, table
 
@@ -42,24 +42,13 @@ def _variable(name: str) -> str:
 
 def _origin(name: str, found: Settings) -> str:
     variable = _variable(name)
-    if any(each.upper() == variable for each in os.environ):  # names are matched whatever their case
+    # Names are matched whatever their case, and an empty one counts as not set.
+    if any(each.upper() == variable and value for each, value in os.environ.items()):
         return "environment"
     return "default" if getattr(found, name) == Settings.model_fields[name].default else "tokentrail up"
 
 
 def _shown(value: object) -> str | int | float | None:
     if isinstance(value, SecretStr):
-        return ";".join(_masked(part) for part in value.get_secret_value().split(";"))
+        return masked(value.get_secret_value(), _MASK)
     return value if isinstance(value, int | float) or value is None else str(value)
-
-
-def _masked(url: str) -> str:
-    """The URL without its password, and without what a query may hide; "everything" where it cannot be read."""
-    try:
-        parts = urlsplit(url)
-        where = parts.netloc.rpartition("@")[2]
-        user = f"{parts.username or ''}:{_MASK}@" if "@" in parts.netloc else ""
-    except ValueError:
-        return _MASK
-    secret_query = any(word in parts.query.lower() for word in ("pass", "secret", "token", "key"))
-    return parts._replace(netloc=user + where, query=_MASK if secret_query else parts.query).geturl()

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import psycopg
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from schema.publisher import Publisher
@@ -29,7 +28,7 @@ from worker.ledger import letterbox
 from worker.ledger.letterbox import Filter, Kept, Message
 from worker.queue.replay import Report, refusal
 from worker.queue.replay import replay as replay_letters
-from worker.show import console, moment, printable, table
+from worker.show import console, moment, printable, progress, table
 
 if TYPE_CHECKING:
     from worker.config import Settings
@@ -143,7 +142,7 @@ def replay(
         raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
     with publisher, _connection() as connection:
         wanted = list(dict.fromkeys(numbers)) if numbers else letterbox.numbers(connection, which)
-        with _progress("replaying", len(wanted)) as advance:
+        with progress("replaying", len(wanted), console(stderr=True)) as advance:
             report = replay_letters(
                 connection,
                 publisher,
@@ -197,7 +196,7 @@ def purge(
     with _connection() as connection:
         total, spared = letterbox.purgeable(connection, age)
         purged = 0
-        with _progress("purging", total) as advance:
+        with progress("purging", total, console(stderr=True)) as advance:
             for count in letterbox.purge(connection, age):
                 purged += count
                 advance(count)
@@ -212,16 +211,6 @@ def _connection() -> Iterator[psycopg.Connection]:
     with connect(found.database(), found, name="tokentrail cli") as connection:
         check_schema(connection)
         yield connection
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Any]:
-    """A bar on a terminal; what it yields is told how many more are done."""
-    err = console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def _filter(states: Sequence[str], reasons: Sequence[str] | None, user: str | None, since: str | None) -> Filter:

@@ -1,4 +1,4 @@
-"""What `--help` shows of each command in use."""
+"""What `--help` shows of each command and group in use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ if TYPE_CHECKING:
 
 EXIT_CODES: Final = "Exit codes: 0 done, 1 something failed or is away, 2 the command or a setting is wrong."
 
-#: Command → how it is called, one or several ways. A test holds that every command is here, and runs them.
+#: Command or group → how it is called, one or several ways; the first is the program itself. A test holds that each of
+#: them is here, and that the command line can read every example; it runs none.
 EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "": (
+        "tokentrail up --demo",
+        "tokentrail publish --type accrual --user alice --amount 12.5 --source purchase --key order-4711",
+        "tokentrail history alice",
+    ),
     "up": ("tokentrail up", "tokentrail up --demo"),
     "demo": ("tokentrail demo", "tokentrail demo --events 300 --seed 7 --run monday"),
     "worker": ("tokentrail worker", "tokentrail worker --processes 4 --lanes 0-3"),
@@ -29,6 +35,11 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "migrate": ("tokentrail migrate", "tokentrail migrate --sql --from 0001"),
     "migrate status": ("tokentrail migrate status",),
     "migrate new": ("tokentrail migrate new add_note_to_account",),
+    "dead-letters": (
+        "tokentrail dead-letters list",
+        "tokentrail dead-letters show 17",
+        "tokentrail dead-letters replay 17",
+    ),
     "dead-letters list": ("tokentrail dead-letters list", "tokentrail dead-letters list --reason conflict --since 7d"),
     "dead-letters show": ("tokentrail dead-letters show 17", "tokentrail dead-letters show 17 --json"),
     "dead-letters replay": (
@@ -41,8 +52,8 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def show_examples(app: typer.Typer) -> None:
-    """Put its examples at the end of the help of every command, and the exit codes at the end of the first page."""
-    app.info.epilog = EXIT_CODES
+    """Put its examples at the end of every help, and the exit codes at the end of the first page."""
+    app.info.epilog = f"{_epilog('')}\n\n{EXIT_CODES}"
     _show(app, "")
 
 

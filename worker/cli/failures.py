@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
 import psycopg
 import typer
 from redis.exceptions import RedisError
@@ -10,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from schema.publisher import PublishError
 from worker.cli.readiness import no_database
 from worker.cli.usage import NotReady
-from worker.config import ConfigError
+from worker.config import HOME, ConfigError
 from worker.db import SchemaError
 from worker.demo import DemoError
 from worker.embedded import EmbeddedError
@@ -19,6 +24,27 @@ from worker.up import AlreadyRunning, Failed
 FAILED = 1
 USAGE = 2
 
+#: What is wrong with the machine's files, and not with us.
+_OF_THE_FILES: Final = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "choose a place that you may write to",
+    errno.EPERM: "choose a place that you may write to",
+    errno.ENOTDIR: "choose a place that is a folder",
+    errno.EEXIST: "choose a place that is a folder",
+    errno.ENOENT: "choose a place that is there",
+}
+
+#: Beginnings of SQLSTATEs, and what helps.
+_OF_POSTGRESQL: Final = {
+    "53100": "free some space on its disk",
+    "53": "it has too little memory or too few connections, so give it more or try again later",
+    "25006": "it is a read-only standby, so name the primary in DATABASE_URL",
+    "42501": "give the user of DATABASE_URL that right",
+    "55P03": "something else holds the lock, so try again",
+    "57": "it was interrupted, so try again",
+}
 
 #: Their messages are sentences already.
 _TOLD = (PublishError, EmbeddedError, DemoError, SchemaError, AlreadyRunning, Failed, NotReady)
@@ -30,19 +56,37 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return str(error), USAGE
     if isinstance(error, typer.TyperException):  # the command line was wrong
         return error.format_message(), error.exit_code
+    return _failure(error), FAILED
+
+
+def _failure(error: Exception) -> str | None:
     if isinstance(error, _TOLD):
-        return str(error), FAILED
+        return str(error)
     if isinstance(error, psycopg.Error | DBAPIError):
-        return _of_postgresql(error.orig if isinstance(error, DBAPIError) else error), FAILED
+        return _of_postgresql(error.orig if isinstance(error, DBAPIError) else error)
     if isinstance(error, RedisError):
-        return f"Redis said no: {_one_line(error)}.", FAILED
-    return None, FAILED
+        return f"Redis said no ({_one_line(error)}): check that BROKER_URL names the right one."
+    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+        return ""
+    if isinstance(error, OSError) and (advice := _OF_THE_FILES.get(error.errno or 0)):
+        return _of_the_files(error, advice)
+    return None
+
+
+def _of_the_files(error: OSError, advice: str) -> str:
+    if error.filename is None:
+        return f"Cannot write the output ({os.strerror(error.errno or 0)}): {advice}."
+    path = Path(os.fsdecode(error.filename))
+    named = ", TOKENTRAIL_HOME names it" if HOME.absolute() in [path.absolute(), *path.absolute().parents] else ""
+    return f"Cannot use {path} ({os.strerror(error.errno or 0)}): {advice}{named}."
 
 
 def _of_postgresql(error: BaseException | None) -> str:
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:  # no server has answered
         return no_database(error)
-    return f"PostgreSQL said no: {_one_line(error)}."
+    state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
+    advice = next((advice for start, advice in _OF_POSTGRESQL.items() if state.startswith(start)), "see its log")
+    return f"PostgreSQL said no ({_one_line(error)}): {advice}."
 
 
 def _one_line(error: BaseException | None) -> str:

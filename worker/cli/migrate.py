@@ -12,6 +12,7 @@ from alembic import command
 from alembic.util import CommandError
 from sqlalchemy.exc import ProgrammingError
 
+from worker.cli.usage import Misused
 from worker.config import settings
 from worker.db import (
     SchemaError,
@@ -30,14 +31,18 @@ app = typer.Typer(help="Bring the database's schema up to date.")
 def deploy(
     context: typer.Context,
     sql: Annotated[bool, typer.Option("--sql", help="Print the statements for review, and change nothing.")] = False,
-    since: Annotated[str, typer.Option("--from", help="With --sql: the revision to start at.")] = "base",
+    since: Annotated[str | None, typer.Option("--from", help="With --sql: the revision to start at.")] = None,
 ) -> None:
     """Bring the schema up to date: safe under load, with others at it, and again after it was killed."""
     if context.invoked_subcommand is not None:
         return
+    if since is not None and not sql:
+        raise Misused("--from is for --sql: a migration starts where the database is.")
+    if since is not None and since != "base" and not knows(since):
+        raise Misused(f"There is no revision {since}: `tokentrail migrate status` says which the database is at.")
     with _told():
         if sql:
-            command.upgrade(alembic_config(), f"{since}:head", sql=True)
+            command.upgrade(alembic_config(), f"{since or 'base'}:head", sql=True)
             return
         with _connected() as connection:
             before = current_revision(connection)

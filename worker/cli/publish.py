@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from schema.canonical import read_json
 from schema.events import InvalidEvent, parse_event
 from schema.publisher import Publisher, PublishError, bulks
 from worker.cli.usage import Misused
 from worker.config import ConfigError, settings
-from worker.show import console
+from worker.show import console, progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from worker.config import Settings
 
 _SHOWN_ERRORS: Final = 10
+_LINES_A_STEP: Final = 500  # of the bar
 
 
 def publish(
@@ -98,16 +98,16 @@ def _publish_one(publisher: Publisher, event: Event) -> None:
     try:
         message_id = publisher.publish(event)
     except PublishError as error:
-        raise PublishError(f"{error} Its key is {event.idempotency_key}.", error.events) from error
+        raise PublishError(
+            f"{error} When that is mended, publish it again with --key {event.idempotency_key}: it counts once.",
+            error.events,
+        ) from error
     typer.echo(f"Published {event.type} with the key {event.idempotency_key} (message {message_id}).")
 
 
 def _publish_file(publisher: Publisher, events: Lines, found: Settings, *, bulk: bool, lanes: int) -> None:
-    err = console(stderr=True)
-    columns = (TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
-        task = progress.add_task("publishing", total=events.count)
-        sent = 0
+    sent = 0
+    with progress("publishing", events.count, console(stderr=True)) as advance:
         for run in bulks(events):
             try:
                 if bulk:
@@ -121,7 +121,7 @@ def _publish_file(publisher: Publisher, events: Lines, found: Settings, *, bulk:
                     error.events,
                 ) from error
             sent += len(run)
-            progress.update(task, completed=sent)
+            advance(len(run))
     where = f"{lanes} lanes of the queue" if lanes else "the queue"
     typer.echo(f"Published {sent:,} events to {where} {found.queue}.")
 
@@ -140,14 +140,17 @@ class Lines:
         self.count = 0
         errors = []
         wrong = 0
-        for number, line in self._lines():
-            try:
-                self._parse(line)
-                self.count += 1
-            except InvalidEvent as error:
-                wrong += 1
-                if wrong <= _SHOWN_ERRORS:
-                    errors.append(f"line {number}: {error}")
+        with progress("checking", self._text.count(b"\n"), console(stderr=True)) as advance:
+            for number, line in self._lines():
+                try:
+                    self._parse(line)
+                    self.count += 1
+                except InvalidEvent as error:
+                    wrong += 1
+                    if wrong <= _SHOWN_ERRORS:
+                        errors.append(f"line {number}: {error}")
+                if number % _LINES_A_STEP == 0:
+                    advance(_LINES_A_STEP)
         if wrong:
             more = f"\n  and {wrong - _SHOWN_ERRORS:,} more" if wrong > _SHOWN_ERRORS else ""
             what = "lines are no events" if wrong > 1 else "line is no event"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from redis.exceptions import RedisError, ResponseError
 
-from schema.publisher import address, unreachable
+from schema.addresses import shown
 from schema.publisher import connect as connect_broker
+from schema.publisher import unreachable
 from worker.cli.usage import NotReady
 from worker.config import ConfigError
 from worker.db import check_schema, connect
@@ -49,7 +50,7 @@ def no_database(error: psycopg.OperationalError) -> str:
 
 
 def _broker(url: str) -> Iterator[str]:
-    where = f"Redis at {address(url)}"
+    where = f"Redis at {shown(url)}"
     try:
         with connect_broker(url) as broker:
             broker.ping()
@@ -61,7 +62,7 @@ def _broker(url: str) -> Iterator[str]:
             yield from _durability(where, found, broker)
     except (RedisError, OSError) as error:
         raise NotReady(
-            f"{unreachable(address(url), error)[:-1]}: check that it runs, and that BROKER_URL is right."
+            f"{unreachable(shown(url), error)[:-1]}: check that it runs, and that BROKER_URL is right."
         ) from error
     except ValueError as error:
         raise ConfigError(f"BROKER_URL is not usable: {error}.") from error

@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from schema.publisher import Publisher
 from worker.db import connect
 from worker.demo import report
 from worker.demo.economy import Delivery, Economy
 from worker.demo.report import Report, show
+from worker.show import progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -30,6 +29,8 @@ __all__ = ["DemoError", "Economy", "Report", "run_demo", "show"]
 
 #: The demo gives up when so many seconds pass without a further event decided.
 _PATIENCE_SECONDS: Final = 60.0
+
+_STEP: Final = 5_000  # events published between two looks of the bar
 
 
 class DemoError(Exception):
@@ -52,7 +53,7 @@ def run_demo(
     began = time.monotonic()
     with connect(settings.database(), settings, name="tokentrail demo") as connection:
         with Publisher(settings.broker(), settings.queue) as publisher:
-            _publish(publisher, deliveries)
+            _publish(publisher, deliveries, arriving, console)
         _wait(connection, economy, console, check)
         seconds = time.monotonic() - began
         console.print(f"All decided {seconds:.1f} s after the first was published.")
@@ -60,29 +61,36 @@ def run_demo(
         return report.read(connection, economy, arriving)
 
 
-def _publish(publisher: Publisher, deliveries: Iterable[Delivery]) -> None:
+def _publish(publisher: Publisher, deliveries: Iterable[Delivery], arriving: int, console: Console) -> None:
     singles: list[Event] = []
-    for delivery in deliveries:
-        if delivery.bulk:
+    with progress("publishing", arriving, console) as advance:
+
+        def send() -> None:
             publisher.publish_all(singles)
+            advance(len(singles))
             singles.clear()
-            publisher.publish_bulk(delivery.events)
-        else:
-            singles.extend(delivery.events)
-    publisher.publish_all(singles)
+
+        for delivery in deliveries:
+            if delivery.bulk:
+                send()
+                publisher.publish_bulk(delivery.events)
+                advance(len(delivery.events))
+            else:
+                singles.extend(delivery.events)
+            if len(singles) >= _STEP:
+                send()
+        send()
 
 
 def _wait(connection: psycopg.Connection, economy: Economy, console: Console, check: Callable[[], None]) -> None:
-    columns = (TextColumn("applying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("applying", total=economy.size)
+    with progress("applying", economy.size, console) as advance:
         decided, since = 0, time.monotonic()
         while True:
             check()
             now_decided = report.decided(connection, economy)
             if now_decided > decided:
+                advance(now_decided - decided)
                 decided, since = now_decided, time.monotonic()
-                progress.update(bar, completed=decided)
             if decided >= economy.size:
                 return
             if time.monotonic() - since > _PATIENCE_SECONDS:

@@ -1,4 +1,5 @@
-"""What must always be true: a sentence, and a query for the rows that break it. Used by the tests and by `verify`.
+"""What must always be true: a sentence, and a query for the rows that break it. The tests and
+the benchmarks ask them all; docs/concepts.md shows how anyone does.
 
 Plain SQL on purpose: what proves the ledger shares nothing with the code that writes it, but for the two forms of
 `chain.py`, and each query can be pasted into psql. Each reads whole tables; none takes a lock.

@@ -1,0 +1,54 @@
+"""Addresses of brokers: whether one can be read, and how it is shown without what is secret in it."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from urllib.parse import urlsplit
+
+SCHEMES: Final = ("redis", "rediss", "sentinel")
+
+#: What to say of an address that cannot be read. Nothing of it is repeated: any part of it may be the password's.
+UNREADABLE: Final = (
+    "it cannot be read as an address: check its port and its options, and write what is special in a password as"
+    " %25 for %, %2F for /, %3F for ?, %23 for #, %40 for @, %3A for : and %3B for ;"
+)
+
+
+def check_broker(url: str) -> None:
+    """Raise ValueError unless `url` can be read; what it says repeats nothing of the URL."""
+    if not url.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
+        raise ValueError("must start with redis://, rediss:// or sentinel://")
+    for part in url.split(";"):  # kombu cuts there too, whatever follows
+        try:
+            parts = urlsplit(part)
+            _ = parts.port
+        except ValueError:
+            raise ValueError(UNREADABLE) from None
+        options = [each for each in parts.query.split("&") if each]
+        if (
+            parts.scheme not in SCHEMES
+            or "@" in parts.path
+            or parts.fragment
+            or not all("=" in each for each in options)
+        ):
+            raise ValueError(UNREADABLE)
+
+
+def shown(url: str) -> str:
+    """The address of brokers without user, password and options, fit for a log: host:6379/0."""
+    parts = [part.partition("://")[2].partition("?")[0] for part in url.split(";")]
+    return ";".join(part.rpartition("@")[2] for part in parts)
+
+
+def masked(url: str, mask: str) -> str:
+    """An address of any server with `mask` for its password, and for its options where these may hold a secret."""
+    return ";".join(_masked(part, mask) for part in re.split(r";(?=\w+://)", url))
+
+
+def _masked(url: str, mask: str) -> str:
+    # To the last @: whatever the password holds is before that.
+    url = re.sub(r"://(?:([^:@/]*)(:))?.*@", lambda found: f"://{found[1] or ''}{found[2] or ''}{mask}@", url)
+    head, _, options = url.partition("?")
+    secret = any(word in options.lower() for word in ("pass", "secret", "token", "key"))
+    return f"{head}?{mask if secret else options}" if options else head
