@@ -10,9 +10,13 @@ SCHEMES: Final = ("redis", "rediss", "sentinel")
 
 #: What to say of an address that cannot be read. Nothing of it is repeated: any part of it may be the password's.
 UNREADABLE: Final = (
-    "it cannot be read as an address: check its port and its options, and write what is special in a password as"
-    " %25 for %, %2F for /, %3F for ?, %23 for #, %40 for @, %3A for : and %3B for ;"
+    "it cannot be read as an address: check its port, its database and its options, and write what is special in a"
+    " password as %25 for %, %2F for /, %3F for ?, %23 for #, %40 for @, %3A for :, %3B for ;, %5B for [, %5D for ] and"
+    " %20 for a space"
 )
+
+#: What no address holds as it is. urlsplit and libpq drop or keep some of it, and a line break breaks a line of output.
+BLANK: Final = re.compile(r"[\x00-\x20\x7f]")
 
 
 def check_broker(url: str) -> None:
@@ -28,11 +32,20 @@ def check_broker(url: str) -> None:
         options = [each for each in parts.query.split("&") if each]
         if (
             parts.scheme not in SCHEMES
-            or "@" in parts.path
+            or BLANK.search(part)
+            or re.fullmatch(r"/?[0-9]*/?", parts.path) is None
             or parts.fragment
+            or "@" in parts.query
             or not all("=" in each for each in options)
         ):
             raise ValueError(UNREADABLE)
+
+
+def said(error: BaseException) -> str:
+    """An error's words in one line, without what they repeat of our commands: the password is among those."""
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = re.split(r",? with args beginning with| : <redis", text)[0]  # Redis; Sentinel's client prints its objects
+    return text.rstrip(".") or type(error).__name__
 
 
 def shown(url: str) -> str:
@@ -48,7 +61,9 @@ def masked(url: str, mask: str) -> str:
 
 def _masked(url: str, mask: str) -> str:
     # To the last @: whatever the password holds is before that.
-    url = re.sub(r"://(?:([^:@/]*)(:))?.*@", lambda found: f"://{found[1] or ''}{found[2] or ''}{mask}@", url)
+    url = re.sub(
+        r"://(?:([^:@/]*)(:))?.*@", lambda found: f"://{found[1] or ''}{found[2] or ''}{mask}@", url, flags=re.DOTALL
+    )
     head, _, options = url.partition("?")
     secret = any(word in options.lower() for word in ("pass", "secret", "token", "key"))
     return f"{head}?{mask if secret else options}" if options else head

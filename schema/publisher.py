@@ -27,7 +27,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from .addresses import check_broker, shown
+from .addresses import UNREADABLE, check_broker, said, shown
 from .canonical import plain_number
 from .events import MAX_EVENTS, Accrual, Event, event_json
 
@@ -75,7 +75,13 @@ def connect(broker_url: str, *, master_name: str | None = None, timeout: float =
     # Celery writes ssl_cert_reqs=CERT_REQUIRED where redis-py writes required.
     for level in ("required", "optional", "none"):
         broker_url = broker_url.replace(f"ssl_cert_reqs=CERT_{level.upper()}", f"ssl_cert_reqs={level}")
-    return redis.Redis.from_url(broker_url, **options)
+    client = redis.Redis.from_url(broker_url, **options)
+    pool = client.connection_pool
+    try:
+        pool.connection_class(**pool.connection_kwargs)  # not connected: does it know all that the URL asks for?
+    except TypeError:
+        raise ValueError(UNREADABLE) from None
+    return client
 
 
 def _sentinel(broker_url: str, master_name: str | None, options: dict[str, Any]) -> redis.Redis:
@@ -83,7 +89,7 @@ def _sentinel(broker_url: str, master_name: str | None, options: dict[str, Any])
     query = parse_qs(parts[-1].query)
     master_name = master_name or query.get("master_name", [None])[0]
     if master_name is None:
-        raise ValueError("A sentinel:// URL needs the master's name: add ?master_name=… to it.")
+        raise ValueError("a sentinel:// URL needs the master's name: add ?master_name=… to it")
     owner = next((part for part in parts if part.password), parts[0])
     # redis-py has no types for Sentinel.
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
@@ -275,13 +281,13 @@ class Publisher:
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             connection.disconnect()  # type: ignore[no-untyped-call]
             raise PublishError(
-                f"The connection to Redis at {self._server} broke while {count} were sent ({_reason(error)}): whether"
+                f"The connection to Redis at {self._server} broke while {count} were sent ({said(error)}): whether"
                 " they arrived is unknown, so publish them again with the same keys.",
                 events,
             ) from error
         except RedisError as error:
             raise PublishError(
-                f"Redis at {self._server} refused the message ({_reason(error)}): {count} not published.", events
+                f"Redis at {self._server} refused the message ({said(error)}): {count} not published.", events
             ) from error
         except BaseException:
             # An interrupt in between: the next command must not read the answer to this one.
@@ -317,9 +323,4 @@ def bulks(events: Iterable[Event], count: int = 500) -> Iterator[list[Event]]:
 
 def unreachable(server: str, error: Exception) -> str:
     """One sentence for a Redis that is away or does not let us in."""
-    return f"Redis at {server} cannot be used ({_reason(error)})."
-
-
-def _reason(error: BaseException) -> str:
-    said = str(error).partition(" : <redis")[0]  # Sentinel's client prints its objects
-    return said.rstrip(".") or type(error).__name__
+    return f"Redis at {server} cannot be used ({said(error)})."

@@ -259,8 +259,8 @@ def test_where_there_is_no_make_the_commands_of_the_readme_do_the_same(copied, t
     without = bash("make run")
     assert (without.returncode, "make: command not found" in without.stderr) == (127, True)
     installed = bash(block.text.removesuffix(f"{last}\n"))
-    if installed.returncode != 0 and os.environ.get("CI") != "true":
-        pytest.skip(f"pip could not install: {installed.stderr.strip()[-300:]}")
+    if "Could not find a version" in installed.stderr and os.environ.get("CI") != "true":
+        pytest.skip(f"pip reaches no package index: {installed.stderr.strip()[-300:]}")
     assert installed.returncode == 0, installed.stderr
     log = copied / "up.log"
     with log.open("wb") as output:

@@ -20,9 +20,9 @@ import pytest
 from brokers import Broker, eventually, free_port
 from chaos.proxy import Proxy
 
-from schema.addresses import masked
+from schema.addresses import UNREADABLE, masked
 from schema.events import Accrual
-from schema.publisher import Publisher
+from schema.publisher import Publisher, connect
 from worker import config
 from worker.cli import main
 from worker.db import ROOT
@@ -96,13 +96,14 @@ def test_setting_that_is_wrong(tokentrail, servers, variable, value, words):
         "postgresql://u:12/hush@127.0.0.1:1/d",
         "postgresql://u:hush@127.0.0.1:port/d",
         "postgresql://u:hush@127.0.0.1:1/d?hush=1",
+        "postgresql://u:hu\nsh@127.0.0.1:1/d",
+        "postgresql://localhost:1/2#hush@127.0.0.1:1/d",
     ],
 )
 def test_database_url_that_cannot_be_read(tokentrail, broker_url, command, url):
     """Whatever of it the parsers take for host, port or option may be the password's."""
     said = tokentrail(*command, DATABASE_URL=url, BROKER_URL=broker_url)
-    expect(said, 2, "DATABASE_URL is not usable: it cannot be read as an address: check ", "%2F for /")
-    assert not {"hu", "sh", "zz"} & set(said[1].replace("%", " ").split())
+    assert said == (2, f"tokentrail: DATABASE_URL is not usable: {UNREADABLE}.\n")
 
 
 @pytest.mark.parametrize("command", [PUBLISH, ("worker",), ("settings",)])
@@ -117,11 +118,50 @@ def test_database_url_that_cannot_be_read(tokentrail, broker_url, command, url):
         "redis://:12?hush@127.0.0.1:1/0",
         "redis://:12#hush@127.0.0.1:1/0",
         "redis://:hush@127.0.0.1:port/0",
+        "redis://:hu\nsh@127.0.0.1:1/0",
+        "redis://:12?hush=1@127.0.0.1:1/0",
+        "redis://:hush@127.0.0.1:1/zero",
     ],
 )
 def test_broker_url_that_cannot_be_read(tokentrail, database_url, command, url):
     said = tokentrail(*command, DATABASE_URL=database_url, BROKER_URL=url)
-    expect(said, 2, "BROKER_URL is not usable: it cannot be read as an address: check ", "%2F for /")
+    assert said == (2, f"tokentrail: BROKER_URL is not usable: {UNREADABLE}.\n")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:p%40%2F@h/d",
+        "postgresql://u:p#?;[]:@h/d",
+        "postgresql:///d?host=/run/postgresql",
+        "postgresql:///d?host=%40abstract",
+        "postgresql://u@[::1]:5432/d?sslmode=require",
+        "postgres://u:p@h1:1,h2:2/d?target_session_attrs=primary&application_name=a@b",
+        "postgresql://h",
+        "postgresql://u:p@h/d\n",
+    ],
+)
+def test_database_url_that_can_be_read(monkeypatch, url):
+    monkeypatch.setenv("DATABASE_URL", url)
+    assert config.settings().database() == url.strip()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://",
+        "redis://h",
+        "redis://:p%40%2F%3B@h:6379/15",
+        "redis://u:p@ss@[::1]:6379",
+        "rediss://u:p@h:1/0?ssl_cert_reqs=CERT_REQUIRED",
+        "sentinel://a:1;sentinel://:p@b/0?master_name=x",
+        "redis://h:1/0\n",
+    ],
+)
+def test_broker_url_that_can_be_read(monkeypatch, url):
+    monkeypatch.setenv("BROKER_URL", url)
+    assert config.settings().broker() == url.strip()
+    connect(url.strip()).close()
 
 
 @pytest.mark.parametrize(
@@ -133,6 +173,7 @@ def test_broker_url_that_cannot_be_read(tokentrail, database_url, command, url):
         ("redis://:hu@sh@h:1/0", "redis://:***@h:1/0"),
         ("sentinel://a:1;sentinel://:hush@b:2/0?master_name=x", "sentinel://a:1;sentinel://:***@b:2/0?master_name=x"),
         ("redis://h:1/0", "redis://h:1/0"),
+        ("postgresql://u:hu\nsh@h:1/d", "postgresql://u:***@h:1/d"),
     ],
 )
 def test_address_is_shown_without_its_password(url, shown):
@@ -201,27 +242,30 @@ def test_postgresql_that_is_too_old(tokentrail, database_url, broker_url, comman
     expect(said, 1, "PostgreSQL 14 is too old: tokentrail needs 15 or newer.")
 
 
-def test_worker_on_a_newer_schema_says_so_and_works(database_url, broker_url):
-    with psycopg.connect(database_url, autocommit=True) as connection:
+def test_worker_on_a_newer_schema_says_so_and_works(database_url, broker_url, tmp_path):
+    log = tmp_path / "log"
+    with psycopg.connect(database_url, autocommit=True) as connection, log.open("w") as output:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
         given = {"DATABASE_URL": database_url, "BROKER_URL": broker_url}
         command = [sys.executable, "-m", "worker.cli", "worker"]
-        worker = subprocess.Popen(command, env={**os.environ, **given}, stderr=subprocess.PIPE, text=True)
+        worker = subprocess.Popen(command, env={**os.environ, **given}, stderr=output)
         try:
-            line = worker.stderr.readline()
             with Publisher(broker_url) as publisher:
                 publisher.publish(Accrual(user_id="ann", amount=1, idempotency_key="k", source="test"))
             eventually(lambda: connection.execute("SELECT balance FROM account").fetchall() == [(1,)], 60)
         finally:
             worker.kill()
-            worker.communicate()
-    assert line == "The schema is at 9999, newer than this code (0002); deploy the newer code soon.\n"
+            worker.wait()
+    assert log.read_text().startswith(
+        "The schema is at 9999, newer than this code (0002); deploy the newer code soon.\n"
+    )
 
 
 def ended(*arguments, **options):
     """The command in a process of its own: exit code and standard error."""
     options = {"stdout": subprocess.DEVNULL, **options}
     environment = {**os.environ, **options.pop("environment", {})}
+    environment.pop("PYTHONUNBUFFERED", None)  # else nothing is left to be written at the end
     process = subprocess.run(
         [sys.executable, "-m", "worker.cli", *arguments],
         cwd=ROOT,
@@ -229,6 +273,7 @@ def ended(*arguments, **options):
         stderr=subprocess.PIPE,
         text=True,
         check=False,
+        timeout=60,
         **options,
     )
     return process.returncode, process.stderr
@@ -245,7 +290,14 @@ def test_folder_that_cannot_be_used(tmp_path):
 def test_output_that_cannot_be_written(command):
     with Path("/dev/full").open("w") as full:
         said = ended(*command, stdout=full)
-    expect(said, 1, "Cannot write the output (No space left on device): free some space.")
+    expect(said, 1, "Cannot write (No space left on device): free some space.")
+
+
+def test_output_that_is_closed():
+    close = lambda: os.close(1)  # noqa: E731
+    assert ended("settings", "--json", stdout=None, preexec_fn=close) == (0, "")
+    said = ended("settings", stdout=None, preexec_fn=close, environment={"TOKENTRAIL_BATCH_SIZE": "0"})
+    expect(said, 2, "TOKENTRAIL_BATCH_SIZE is not usable")
 
 
 def test_output_that_nobody_reads_any_more():
@@ -278,8 +330,9 @@ def test_database_that_may_not_be_written(tokentrail, database_url):
         (["--maxmemory-policy", "allkeys-lru"], "has maxmemory-policy allkeys-lru, so that it forgets queues"),
         (["--requirepass", "other"], "BROKER_URL is right"),
         (["--rename-command", "PING", ""], "unknown command"),
+        (["--rename-command", "AUTH", ""], "unknown command 'AUTH'): check that it runs"),
     ],
-    ids=["away", "evicts", "wrong password", "another kind of server"],
+    ids=["away", "evicts", "wrong password", "another kind of server", "knows no passwords"],
 )
 def test_redis_that_cannot_be_used(tokentrail, database_url, tmp_path, options, words):
     with contextlib.ExitStack() as stack:
@@ -287,7 +340,11 @@ def test_redis_that_cannot_be_used(tokentrail, database_url, tmp_path, options, 
             port, words = free_port(), "Connection refused"
         else:
             port = stack.enter_context(_Broker(tmp_path, *options)).port
-        url = f"redis://:hush@127.0.0.1:{port}/0" if "--requirepass" in options else f"redis://127.0.0.1:{port}/0"
+        url = (
+            f"redis://:hush@127.0.0.1:{port}/0"
+            if {"--requirepass", "AUTH"} & {*options}
+            else f"redis://127.0.0.1:{port}/0"
+        )
         said = tokentrail("worker", DATABASE_URL=database_url, BROKER_URL=url)
     expect(said, 1, f"Redis at 127.0.0.1:{port}/0 ", words)
 

@@ -7,7 +7,6 @@ import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
@@ -92,6 +91,11 @@ class Settings(BaseSettings):
             return value
         return value.upper() if info.field_name == "log_level" else value.lower()
 
+    @field_validator("database_url", "broker_url", mode="before")
+    @classmethod
+    def _without_a_line_break(cls, url: object) -> object:
+        return url.strip() if isinstance(url, str) else url  # what is read from a file ends in one
+
     @field_validator("database_url")
     @classmethod
     def _an_address_of_postgresql(cls, url: SecretStr | None) -> SecretStr | None:
@@ -124,12 +128,14 @@ def _check_database(url: str) -> None:
     if not url.startswith(("postgresql://", "postgres://")):
         raise ValueError("must start with postgresql://")
     try:
-        parts, path = conninfo_to_dict(url), urlsplit(url).path
-    except (ProgrammingError, ValueError):
+        parts = conninfo_to_dict(url)
+    except ProgrammingError:
         raise ValueError(addresses.UNREADABLE) from None
     ports = str(parts.get("port", "")).split(",")
+    database = url.partition("://")[2].partition("/")[2].partition("?")[0]
     # A password with / or @ in it spills over into host, port and database.
-    if "@" in str(parts.get("host", "")) or "@" in path or not all(port.isdigit() for port in ports if port):
+    spilt = ("@" in url.partition("?")[0] and "@" in str(parts.get("host", ""))) or "@" in database
+    if spilt or addresses.BLANK.search(url) or not all(port.isdigit() for port in ports if port):
         raise ValueError(addresses.UNREADABLE)
 
 

@@ -15,6 +15,7 @@ configured.py settings
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -49,13 +50,23 @@ def main() -> NoReturn:
     """Run the command line and exit. Errors a user can meet are one sentence on standard error, never a traceback."""
     try:
         code = app(prog_name="tokentrail", standalone_mode=False)
-        sys.stdout.flush()  # here, where what goes wrong is still told
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where what goes wrong is still told
     except Exception as error:
         sentence, code = explain(error)
         if sentence is None:
             raise
         if sentence:  # empty when all there was to say is the help
             print(f"tokentrail: {sentence}", file=sys.stderr)  # noqa: T201 - the answer to a person
-        if isinstance(error, OSError) and error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at exit
+        _give_up_output()
     sys.exit(code or 0)
+
+
+def _give_up_output() -> None:
+    """Throw away what standard output does not take: Python would try again at exit, and exit with 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # it has no file, or is closed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

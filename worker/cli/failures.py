@@ -12,6 +12,7 @@ import typer
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
+from schema.addresses import said
 from schema.publisher import PublishError
 from worker.cli.readiness import no_database
 from worker.cli.usage import NotReady
@@ -63,9 +64,9 @@ def _failure(error: Exception) -> str | None:
     if isinstance(error, _TOLD):
         return str(error)
     if isinstance(error, psycopg.Error | DBAPIError):
-        return _of_postgresql(error.orig if isinstance(error, DBAPIError) else error)
+        return _of_postgresql((isinstance(error, DBAPIError) and error.orig) or error)
     if isinstance(error, RedisError):
-        return f"Redis said no ({_one_line(error)}): check that BROKER_URL names the right one."
+        return f"Redis said no ({said(error)}): check that BROKER_URL names the right one."
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
         return ""
     if isinstance(error, OSError) and (advice := _OF_THE_FILES.get(error.errno or 0)):
@@ -75,19 +76,15 @@ def _failure(error: Exception) -> str | None:
 
 def _of_the_files(error: OSError, advice: str) -> str:
     if error.filename is None:
-        return f"Cannot write the output ({os.strerror(error.errno or 0)}): {advice}."
+        return f"Cannot write ({os.strerror(error.errno or 0)}): {advice}."
     path = Path(os.fsdecode(error.filename))
     named = ", TOKENTRAIL_HOME names it" if HOME.absolute() in [path.absolute(), *path.absolute().parents] else ""
     return f"Cannot use {path} ({os.strerror(error.errno or 0)}): {advice}{named}."
 
 
-def _of_postgresql(error: BaseException | None) -> str:
+def _of_postgresql(error: BaseException) -> str:
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:  # no server has answered
         return no_database(error)
     state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
     advice = next((advice for start, advice in _OF_POSTGRESQL.items() if state.startswith(start)), "see its log")
-    return f"PostgreSQL said no ({_one_line(error)}): {advice}."
-
-
-def _one_line(error: BaseException | None) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()).rstrip(".")
+    return f"PostgreSQL said no ({said(error)}): {advice}."

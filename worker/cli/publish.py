@@ -141,6 +141,7 @@ class Lines:
         errors = []
         wrong = 0
         with progress("checking", self._text.count(b"\n"), console(stderr=True)) as advance:
+            shown = 0
             for number, line in self._lines():
                 try:
                     self._parse(line)
@@ -149,8 +150,9 @@ class Lines:
                     wrong += 1
                     if wrong <= _SHOWN_ERRORS:
                         errors.append(f"line {number}: {error}")
-                if number % _LINES_A_STEP == 0:
-                    advance(_LINES_A_STEP)
+                if number - shown >= _LINES_A_STEP:
+                    advance(number - shown)
+                    shown = number
         if wrong:
             more = f"\n  and {wrong - _SHOWN_ERRORS:,} more" if wrong > _SHOWN_ERRORS else ""
             what = "lines are no events" if wrong > 1 else "line is no event"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from redis.exceptions import RedisError, ResponseError
 
-from schema.addresses import shown
+from schema.addresses import said, shown
 from schema.publisher import connect as connect_broker
 from schema.publisher import unreachable
 from worker.cli.usage import NotReady
@@ -45,8 +45,7 @@ def _database(settings: Settings) -> Iterator[str]:
 
 def no_database(error: psycopg.OperationalError) -> str:
     """One sentence for a PostgreSQL that is away, or does not let us in."""
-    said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()).rstrip(".")
-    return f"PostgreSQL cannot be used ({said}): check that it runs, and that DATABASE_URL is right."
+    return f"PostgreSQL cannot be used ({said(error)}): check that it runs, and that DATABASE_URL is right."
 
 
 def _broker(url: str) -> Iterator[str]:
@@ -57,7 +56,7 @@ def _broker(url: str) -> Iterator[str]:
             try:
                 found = dict(broker.info())
             except ResponseError as error:  # an ACL, or a service that hides it
-                yield f"{where} does not say how it is set up ({error}): see yourself that it never evicts keys."
+                yield f"{where} does not say how it is set up ({said(error)}): see yourself that it never evicts keys."
                 return
             yield from _durability(where, found, broker)
     except (RedisError, OSError) as error:
