@@ -181,10 +181,10 @@ def test_a_server_without_a_free_connection_is_waited_out(watched, owner, url, s
 
 
 def test_an_address_that_makes_no_sense_is_nobodys_event(watched, owner, url):
-    """What psycopg itself refuses, without a server: still not about any event."""
-    ledger = watched(url + "?no_such_option=1")
+    """What libpq itself refuses, without a server: still not about any event."""
+    ledger = watched(url + "?sslmode=no_such_mode")
     outcomes = ledger.begin(sent(*events(3)))
-    assert "no_such_option" in ledger.next_report()
+    assert "no_such_mode" in ledger.next_report()
     ledger.stop.set()
     with pytest.raises(Interrupted):
         outcomes.result(PATIENCE)
