@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 #: What the machine has rather than what the product shall do: these may reach the tests from outside.
 OF_THE_MACHINE = {"TOKENTRAIL_PG_BIN", "TOKENTRAIL_VALKEY_SERVER"}
 
+
+# Under nohup every process that a test starts would ignore it too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 #: The modules that take longest: begun last, one of them would be what a single process is at while the other is idle.
 LONGEST = (
