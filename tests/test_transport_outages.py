@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import kombu
@@ -61,15 +61,29 @@ def test_nothing_is_lost_when_consumers_are_killed_at_any_instant(broker_url):
 
 def test_a_frozen_consumer_loses_nothing_and_its_messages_are_restored(broker_url):
     with redis.Redis.from_url(broker_url) as client, process(broker_url) as frozen:
-        time.sleep(0.3)  # it is idle, and waits
-        frozen.send_signal(signal.SIGSTOP)
-        client.lpush("tokens", message(1))
-        eventually(lambda: client.hlen("unacked") == 1)
+        sent = freeze_with_a_message(frozen, client)
         with process(broker_url):
-            eventually(lambda: all_done(client, 1))
+            eventually(lambda: all_done(client, sent))
             frozen.send_signal(signal.SIGCONT)
-            client.lpush("tokens", message(2))
-            eventually(lambda: all_done(client, 2))
+            client.lpush("tokens", message(sent + 1))
+            eventually(lambda: all_done(client, sent + 1))
+
+
+def freeze_with_a_message(consumer, client):
+    """Freeze an idle consumer so that Redis gives it one more message; how many were sent to it.
+
+    It asks again every tenth of a second. Frozen just in between, it gets nothing, and another try is due.
+    """
+    for number in range(1, 50):
+        eventually(lambda: all_done(client, number - 1))  # noqa: B023
+        time.sleep(0.3)  # it is idle, and waits
+        consumer.send_signal(signal.SIGSTOP)
+        client.lpush("tokens", message(number))
+        with suppress(AssertionError):
+            eventually(lambda: client.hlen("unacked") == 1, 0.5)
+            return number
+        consumer.send_signal(signal.SIGCONT)
+    raise AssertionError("Redis never gave it a message")
 
 
 def test_a_terminated_consumer_leaves_nothing_behind(broker_url):
