@@ -12,8 +12,8 @@ from worker.show import console
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_benchmark_runs_to_its_end_and_its_figures_are_json(servers, tmp_path, name):
-    with Stage.on(servers.database_url, servers.broker_url, tmp_path) as stage:
+def test_a_benchmark_runs_to_its_end_and_its_figures_are_json(servers, broker_url, tmp_path, name):
+    with Stage.on(servers.database_url, broker_url, tmp_path) as stage:
         (report,) = run(stage, [name], 0.002, console())
 
     found = json.loads(json.dumps(report.as_json()))
