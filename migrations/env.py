@@ -61,7 +61,7 @@ def _connect(url: str) -> psycopg.Connection:
         connection.execute("SET client_connection_check_interval = '1s'")
         _wait_for_our_turn(connection)
         connection.autocommit = False
-    except BaseException:
+    except BaseException:  # Ctrl-C while we wait for our turn too: else the session, and with it the lock, lives on
         connection.close()
         raise
     return connection

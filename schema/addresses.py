@@ -1,4 +1,4 @@
-"""Addresses of brokers: whether one can be read, and how it is shown without what is secret in it."""
+"""Addresses of servers: whether a broker's can be read, and how one is shown without what is secret in it."""
 
 from __future__ import annotations
 

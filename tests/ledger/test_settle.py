@@ -525,7 +525,7 @@ def test_a_worker_frozen_in_the_middle_of_a_copy_is_overcome(watched, owner, url
         with logged() as entries:
             outcomes = ledger.begin(sent(*(accrual(user, 1, "k") for user in ("ann", "cid"))))
             until(lambda: count(owner, "transaction_record") == 1, "the account that is free goes first")
-            time.sleep(1.5)
+            time.sleep(1.5)  # half of what a session that does nothing is given
             assert in_copy(owner) == [backend], "who is slow is not frozen yet"
             assert told(outcomes.result(PATIENCE)) == ["applied #1: 0 → 1"] * 2
         assert in_copy(owner) == []
