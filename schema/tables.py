@@ -263,7 +263,8 @@ class DeadLetter(Base):
 class GlobalTokenBalance(Base):
     """All tokens there are: the row from before the trail as it was, and stripes that workers add to.
 
-    Issued − burned since the trail began is the sum of the stripes; many rows, because every batch adds to one.
+    Issued − burned since the trail began is the sum of the stripes; many rows, because every batch adds to one. Workers
+    choose stripes with ids below zero: what software of before the trail counted its row from, if it did, is above.
     """
 
     __tablename__ = "global_token_balance"

@@ -86,7 +86,7 @@ warnings.filterwarnings("ignore", category=CPendingDeprecationWarning, module="c
 def _apply(task: str, kwargs: dict[str, Any]) -> str:
     """One call, decided at once and on its own. Workers do not come here: their Batcher decides many in one go."""
     work = read_work(task, (), kwargs, Origin(task=task), max_amount=settings().max_amount)
-    ledger = Ledger(settings(), stripe=1)
+    ledger = Ledger(settings(), stripe=-1)
     try:
         outcomes = ledger.settle(work.deliveries, work.letters)
     finally:

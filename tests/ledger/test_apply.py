@@ -15,6 +15,7 @@ from worker.ledger.chain import payload_hash
 from worker.ledger.dead_letters import Letter
 from worker.ledger.outcomes import Applied, DeadLettered, Delivery, Origin, Rejected, Undecided
 from worker.ledger.rules import Reason
+from worker.ledger.store import stripe_of
 
 from .support import NOON, accrual, assert_books_balance, burn, count, rows, sent, told
 
@@ -354,6 +355,13 @@ def test_the_row_from_before_the_trail_is_never_a_stripe(connection):
     with pytest.raises(RuntimeError, match="row 0 of global_token_balance is from before the trail"):
         apply_batch(connection, sent(accrual("ann", 1, "k")), stripe=0)
     assert count(connection, "account") == 0
+
+
+def test_processes_spread_over_the_stripes_and_stay_clear_of_a_legacy_row_whatever_its_number():
+    assert {stripe_of("host", pid, 16) for pid in range(100, 116)} == set(range(-16, 0))
+    containers = {stripe_of(host, 7, 1000) for host in map("c{:011x}".format, range(50))}
+    assert len(containers) > 40
+    assert all(-1000 <= stripe < 0 for stripe in containers)
 
 
 def test_batches_of_two_stripes_add_up(connection):

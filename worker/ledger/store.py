@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
+from zlib import crc32
 
 from psycopg import Connection, Cursor
 
@@ -242,6 +243,14 @@ def move_balances(cursor: Cursor[Any], accounts: Sequence[Account]) -> None:
             _array([account.last_recorded_at for account in accounts]),
         ),
     )
+
+
+def stripe_of(host: str, pid: int, stripes: int) -> int:
+    """Which row of the global token balance a process adds to, below zero, where none of before the trail is.
+
+    Processes of one host begun one after the other differ; so, mostly, do those of containers, whose pids are alike.
+    """
+    return -1 - (crc32(host.encode()) + pid) % stripes
 
 
 def add_to_supply(cursor: Cursor[Any], stripe: int, issued: Decimal, burned: Decimal) -> None:
