@@ -20,7 +20,7 @@ task_serializer = "json"
 timezone = "UTC"
 enable_utc = True
 
-# Messages in hand beyond the batch being committed; the Strategy sets the real bound by batch_size.
+# Messages in hand beyond the batch being committed; the Batcher raises it where two batches are more.
 worker_prefetch_multiplier = 1000
 # Tasks are applied by one ledger thread a process; scale with processes (`tokentrail worker --processes`).
 worker_pool = "threads"

@@ -62,6 +62,7 @@ METHODS = {
         "_flush": "self",
     },
     stock.MultiChannelPoller: {
+        "on_poll_init": "self poller",
         "on_poll_start": "self",
         "on_readable": "self fileno",
         "get": "self callback timeout",

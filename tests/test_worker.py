@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
+from contextlib import closing, contextmanager
 from decimal import Decimal
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from brokers import Broker, Sentinel, eventually
+from brokers import Broker, Sentinel, eventually, free_port
 from celery import Celery
 from stage import Stage, Watcher, accrual, burn
 
@@ -110,6 +113,42 @@ def test_a_burn_ahead_of_its_accrual_waits_for_it(stage):
 
     assert stage.rows("SELECT sequence, type FROM transaction_record ORDER BY 1") == [(1, "accrual"), (2, "burn")]
     eventually(lambda: stage.in_redis() == 0)
+
+
+def test_no_patience_passes_while_the_database_is_away(stage):
+    """The accrual is published meanwhile, and could not be fetched in time: "not now" is no answer."""
+    stage.start(burn_patience=1)
+    stage.publisher.publish(burn("ann", 4, "b"))
+    eventually(lambda: stage.redis.hlen("unacked") == 1)
+
+    with refusing_writes(stage):
+        stage.publisher.publish(accrual("bob", 1, "another's"))
+        eventually(lambda: "database not available" in stage.log())
+        stage.publisher.publish(accrual("ann", 10, "a"))
+        time.sleep(2)
+    eventually(lambda: stage.balance("bob") == 1, 20)
+
+    eventually(lambda: stage.balance("ann") == 6, 5)
+    assert stage.count("rejected_event") == 0
+
+
+@contextmanager
+def refusing_writes(stage):
+    """As a primary that became a standby does."""
+    name = urlsplit(stage.database_url).path[1:]
+
+    def read_only(value):
+        with psycopg.connect(stage.database_url, autocommit=True) as connection:
+            connection.execute("SET default_transaction_read_only = off")
+            connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = {value}")
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+
+    read_only("on")
+    yield
+    read_only("off")
 
 
 def test_a_burn_hears_of_an_accrual_that_another_worker_applied(stage):
@@ -263,3 +302,37 @@ def test_a_worker_finds_its_broker_through_sentinel_by_the_same_url_as_a_publish
             eventually(lambda: stage.balance("ann") == 1)
         finally:
             stage.close()
+
+
+def test_a_redis_that_takes_clients_and_refuses_writes_costs_a_worker_no_connections(database_url, tmp_path):
+    """As one that was demoted behind its name does: a worker that leaves sockets behind uses up its connections."""
+    with Broker(tmp_path / "broker") as broker, closing(Stage(database_url, broker.url, tmp_path)) as stage:
+        stage.start()
+        stage.redis.replicaof("127.0.0.1", free_port())
+        eventually(lambda: "Connection to broker lost" in stage.log())
+        time.sleep(6)
+        assert len(stage.redis.client_list()) < 20
+        stage.redis.replicaof("NO", "ONE")
+
+        stage.publisher.publish(accrual("ann", 4, "a"))
+        eventually(lambda: stage.balance("ann") == 4, 20)
+
+
+def test_a_command_without_a_place_for_its_answer_costs_no_connection(stage):
+    stage.start()
+    command = {"method": "ping", "arguments": {}, "reply_to": {"nowhere": 1}, "ticket": "t", "destination": None}
+    fanout = f"/{urlsplit(stage.broker_url).path[1:]}.celery.pidbox"
+    properties = {"delivery_tag": "t", "delivery_info": {"exchange": "celery.pidbox", "routing_key": ""}}
+    told = {
+        "body": json.dumps(command),
+        "headers": {},
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "properties": properties,
+    }
+    assert stage.redis.publish(fanout, json.dumps(told)) == 1
+
+    eventually(lambda: "remote control command dropped" in stage.log())
+    stage.publisher.publish(accrual("ann", 4, "a"))
+    eventually(lambda: stage.balance("ann") == 4)
+    assert "onnection to broker lost" not in stage.log()

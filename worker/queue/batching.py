@@ -25,6 +25,7 @@ from worker.config import Settings, settings
 from worker.ledger.errors import Interrupted, SuspiciousBatch
 from worker.ledger.outcomes import Applied, Delivery, Outcome, Undecided
 from worker.ledger.settle import Ledger
+from worker.ledger.store import stripe_of
 
 from .intake import Intake, Item
 from .patience import LOOK_EVERY, Patience
@@ -36,6 +37,12 @@ MOST_BYTES: Final = 64 * 1024 * 1024
 
 #: Bytes of message bodies in one batch; a larger message is a batch of its own.
 BATCH_BYTES: Final = 16 * 1024 * 1024
+
+#: Messages a worker may have in hand, if two batches are not more: a fetch for the next batch, and one behind it.
+LEAST_PREFETCH: Final = 1000
+
+#: Seconds between two looks at patience after which this process must have been frozen, or without a connection.
+ABSENT: Final = 4 * LOOK_EVERY
 
 #: How often a message was given back by dead workers before it is applied alone.
 SUSPECT: Final = 2
@@ -73,9 +80,8 @@ class Batcher:
     def __init__(self, settings: Settings, hostname: str) -> None:
         self._settings = settings
         self._stop = threading.Event()
-        self._ledger = Ledger(
-            settings, stripe=1 + os.getpid() % settings.stripes, stop=self._stop, degraded=self._on_degraded
-        )
+        stripe = stripe_of(socket.gethostname(), os.getpid(), settings.stripes)
+        self._ledger = Ledger(settings, stripe=stripe, stop=self._stop, degraded=self._on_degraded)
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._running: Future[list[Outcome | None]] | None = None
         self._batch: list[Part] = []
@@ -84,6 +90,7 @@ class Batcher:
         self._queue: deque[Part] = deque()
         self._queued = 0  # events
         self._patience: Patience[Part] = Patience(settings.burn_patience)
+        self._ticked = monotonic()
         self._finished: deque[tuple[Item, float]] = deque()  # with the seconds it took
         self._bytes = 0
         self._degraded: str | None = None
@@ -107,8 +114,9 @@ class Batcher:
         if self._ticks is not None:
             self._ticks.cancel()
         self._ticks = consumer.hub.call_repeatedly(LOOK_EVERY, self._tick)
-        # Two batches: one in the ledger's hands, one that fills up meanwhile.
-        consumer.qos.set(max(2 * self._settings.batch_size, 2))
+        # Two batches at least: one in the ledger's hands, one that fills up meanwhile. Celery's loop sets `value` anew.
+        consumer.qos.value = max(2 * self._settings.batch_size, LEAST_PREFETCH)
+        consumer.qos.update()
         self._mind_intake()
 
     def receive(self, message: Any) -> None:
@@ -154,6 +162,10 @@ class Batcher:
         self._mind_intake()
 
     def _tick(self) -> None:
+        now = monotonic()
+        absent, self._ticked = now - self._ticked > ABSENT, now
+        if absent or self._degraded or self._suspended:
+            self._patience.begin_again()
         for part in self._patience.take_overdue():
             part.finally_()
             self._unread.append(part)  # behind all that was fetched by now

@@ -41,6 +41,8 @@ class Mailbox(pidbox.Pidbox):
         self._forward_clock()
         try:
             self.node.handle_message(body, message)
+        except KeyError as error:  # which kombu counts among Redis' connection errors: a reply_to without its exchange
+            self._dropped(message, error)
         except self.c.connection_errors:
             raise
         except Exception as error:  # noqa: BLE001 - commands of any shape arrive here

@@ -2,7 +2,8 @@
 
 A waiting burn stays unacknowledged, so that whatever kills the worker brings it back, and nothing is written about it.
 It is decided again when its account accrues in this worker, and whenever its account is seen to hold enough; when its
-patience is over it is decided for good, behind everything that this worker had fetched by then.
+patience is over it is decided for good, behind everything that this worker had fetched by then. Patience passes while
+the worker takes messages: an accrual that it could not have fetched or applied is not late.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ class Patience(Generic[T]):
             burn.deadline = monotonic() + self._seconds
         self._of_user.setdefault(burn.user_id, []).append(burn)
         self._count += 1
+
+    def begin_again(self) -> None:
+        """The whole patience anew for all: until now nobody's accrual could have come."""
+        deadline = monotonic() + self._seconds
+        for burn in self:
+            burn.deadline = deadline
 
     def take(self, user_id: str) -> list[T]:
         """The account's burns, which no longer wait."""

@@ -27,6 +27,14 @@ class Poller(stock.MultiChannelPoller):
 
     _timers: tuple[Any, ...] = ()
 
+    def on_poll_init(self, poller: Any) -> None:
+        """Begin with a loop; what Redis refuses to restore is tried again later.
+
+        Raised from here, before Celery holds the connection, a refusal would leave its sockets open at every try: a
+        Redis that lets clients in and refuses writes (a demoted one, say) would run out of connections within minutes.
+        """
+        self._unless_away(lambda: stock.MultiChannelPoller.on_poll_init(self, poller))
+
     def on_poll_start(self) -> None:
         """Before each wait: tell what is done, then ask for more. Raises when the connection is lost."""
         for channel in list(self._channels):
