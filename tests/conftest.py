@@ -2,7 +2,8 @@
 
 The servers are embedded ones, started once and thrown away. With DATABASE_URL or BROKER_URL in the
 environment those are used instead: databases are made and dropped there, and the broker's sixteen logical
-databases are flushed.
+databases are flushed. So that is one that held nothing: a shell in which a reader worked on a live system
+has its addresses in the environment too.
 """
 
 from __future__ import annotations
@@ -49,6 +50,36 @@ LONGEST = (
     "test_migrations",
     "test_worker",
 )
+
+
+#: Set once the broker that we were given was seen to be empty: what is in it from then on is ours.
+EMPTIED = pytest.StashKey[str]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse a broker that holds something: the tests would throw it away."""
+    url = os.environ.get("BROKER_URL")
+    if url is None or hasattr(session.config, "workerinput"):  # one process of pytest-xdist asks for all
+        return
+    try:
+        with redis.Redis.from_url(url) as broker:
+            held = ", ".join(broker.info("keyspace"))
+    except redis.RedisError as error:
+        pytest.exit(f"The Redis that BROKER_URL names cannot be asked what it holds: {error}.", returncode=2)
+    if held:
+        pytest.exit(
+            f"The tests flush the Redis that BROKER_URL names, and it holds something ({held}): unset BROKER_URL and"
+            " DATABASE_URL to run them on servers of their own, or name one that is empty.",
+            returncode=2,
+        )
+    session.config.stash[EMPTIED] = url
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave a given broker as empty as it was."""
+    if url := session.config.stash.get(EMPTIED, None):
+        with redis.Redis.from_url(url) as broker:
+            broker.flushall()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

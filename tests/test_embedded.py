@@ -15,6 +15,7 @@ import psutil
 import psycopg
 import pytest
 import redis
+from brokers import Broker
 
 from worker import config, embedded
 from worker.embedded import EmbeddedError, PostgresServer, ValkeyServer
@@ -222,8 +223,17 @@ def test_a_server_that_does_not_start_is_reported_with_its_log_and_last_words(
 
 def test_a_machine_without_the_wheel_is_told_both_ways_out(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EmbeddedError, match=r"TOKENTRAIL_PG_BIN .* TOKENTRAIL_VALKEY_SERVER .* DATABASE_URL"):
+    with pytest.raises(
+        EmbeddedError, match=r"TOKENTRAIL_PG_BIN .* TOKENTRAIL_VALKEY_SERVER .* DATABASE_URL and BROKER_URL"
+    ):
         embedded.binaries.postgres_folder()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root needs another account")
+def test_a_root_without_nobody_is_told_both_ways_out(monkeypatch):
+    monkeypatch.setattr("pwd.getpwnam", {}.__getitem__)
+    with pytest.raises(EmbeddedError, match="run as an ordinary user, or set both DATABASE_URL and BROKER_URL"):
+        embedded.unprivileged.account()
 
 
 def test_a_named_program_that_is_not_there_is_refused_with_the_name_of_the_variable(monkeypatch, tmp_path):
@@ -324,3 +334,35 @@ def test_a_test_starts_without_settings_from_outside(given):
         "TOKENTRAIL_VALKEY_SERVER",
     }
     assert config.settings().database_url is None
+
+
+def test_tests_refuse_a_given_redis_that_holds_something_and_leave_an_empty_one_empty(tmp_path):
+    """Whoever worked on a live system in this shell has its address in the environment."""
+    root = Path(embedded.__file__).parents[2]
+    fills = tmp_path / "test_fills.py"
+    fills.write_text("def test_fills(broker_url):\n    import redis; redis.Redis.from_url(broker_url).set('ours', 1)\n")
+
+    def run_tests():
+        plugins = ("-p", "conftest", "-p", "no:cacheprovider", "-p", "no:xdist")
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "--rootdir", tmp_path, "-q", *plugins, str(fills)],
+            cwd=root,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(root / "tests"),
+                "BROKER_URL": url,
+                "DATABASE_URL": "postgresql://none",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    with Broker(tmp_path / "broker") as given, given.client as broker:
+        url = given.url
+        ended = run_tests()
+        assert (ended.returncode, broker.info("keyspace")) == (0, {}), ended.stdout + ended.stderr
+        broker.set("of a live system", 1)
+        ended = run_tests()
+        assert (ended.returncode, broker.get("of a live system")) == (2, b"1"), ended.stdout
+        assert "it holds something (db0): unset BROKER_URL" in ended.stdout + ended.stderr
