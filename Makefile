@@ -21,8 +21,8 @@ help:
 run: .venv/runtime ## the whole system with a small demo economy, until Ctrl-C; needs no other server
 	@exec $(BIN)/tokentrail up --demo $(ARGS)
 
-test: .venv/development ## every test, with servers of its own or those of DATABASE_URL and BROKER_URL
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+test: .venv/development ## every test, on servers of its own, or those of DATABASE_URL and BROKER_URL if that Redis is empty
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-matrix: .venv/development ## the tests on the oldest and newest Python at hand, with embedded and with Debian's servers
 	@.ci/test-matrix $(ARGS)
@@ -41,7 +41,7 @@ chaos: .venv/development ## the long tests in which processes are killed and ser
 	@TOKENTRAIL_CHAOS=long $(BIN)/python -m pytest tests/chaos --capture=no $(ARGS)
 
 fuzz: .venv/development ## messages that nobody would send, for as long as it takes; then the decoder, for a minute
-	@TOKENTRAIL_FUZZ=long $(BIN)/python -m pytest -n0 -s tests/fuzz $(ARGS)
+	@TOKENTRAIL_FUZZ=long $(BIN)/python -m pytest -o faulthandler_timeout=0 -n0 -s tests/fuzz $(ARGS)
 	@if $(PYTHON_OF_ATHERIS) -c '' 2>/dev/null; then $(MAKE) --no-print-directory fuzz-decoder; else \
 		echo "The decoder is not fuzzed by coverage: atheris needs Python 3.11, and there is none as python3.11."; fi
 

@@ -444,8 +444,9 @@ def test_acknowledgements_survive_a_channel(broker_url, broker):
 def test_what_a_lost_connection_brought_unread_comes_again_at_once_and_uncounted(broker_url, broker):
     with consuming(broker_url, visibility_timeout=1000) as consumer:
         consumer.drain(0.2)
-        with suppress(Empty):
-            consumer.channel._brpop_read()
+        if consumer.channel._in_poll:  # else its answer is read already, and no other comes
+            with suppress(Empty):
+                consumer.channel._brpop_read()
         push(broker, *map(message, range(5)))
         consumer.channel._brpop_start()
         while broker.llen("tokens"):
