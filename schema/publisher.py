@@ -196,10 +196,11 @@ class Publisher:
         return sent
 
     def publish_bulk(self, events: Sequence[Event]) -> str:
-        """Send 1 to 1,000 events as one message, which is applied in one transaction; returns its id.
+        """Send 1 to 1,000 events as one message, which is never cut; returns its id.
 
-        The events keep their order and each has its own outcome. With lanes, events of different lanes go to
-        the common queue. Raises PublishError, also for more than 1,000 events or more than 1 MiB: see `bulks`.
+        The events are decided in their order, all in one transaction but for burns that wait for an accrual, and each
+        has its own outcome. With lanes, events of different lanes go to the common queue. Raises PublishError, also for
+        more than 1,000 events or more than 1 MiB: see `bulks`.
         """
         if not 1 <= len(events) <= MAX_EVENTS:
             raise PublishError(f"One message carries 1 to {MAX_EVENTS} events, not {len(events)}.", events)

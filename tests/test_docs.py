@@ -60,7 +60,7 @@ NOT_RUN = {
 STAYING = {
     "tokentrail worker --processes 4": "-4@.* ready",
     "tokentrail api": "api_listening",
-    "celery -A worker.app flower": "Visit me at",
+    "celery -A worker.app flower --address=127.0.0.1": "Visit me at",
 }
 #: What documents say for what a reader has.
 OF_THE_READER = {

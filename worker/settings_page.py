@@ -30,7 +30,8 @@ TOKENTRAIL_BATCH_SIZE=100 .venv/bin/tokentrail settings --json
 
 A command in a folder where `tokentrail up` runs takes the servers of that, unless `DATABASE_URL` or `BROKER_URL` is
 set: their addresses are in `.tokentrail/servers.json`, which only its owner can read. `TOKENTRAIL_HOME` names
-another folder than `.tokentrail`.
+another folder than `.tokentrail`. Each of the two falls back by itself, so set both or neither: else a worker takes
+events from one system and writes them into another.
 
 ## Settings
 
@@ -54,12 +55,16 @@ Everything that uses one queue must agree on `TOKENTRAIL_QUEUE`, and its workers
 | Redis | 7.0 or newer, or Valkey | refused |
 | Redis | `maxmemory-policy noeviction` | `allkeys-…` is refused, for it forgets queues; `volatile-…` is warned of |
 | Redis | `appendonly yes`, `appendfsync always` | warned of: a crash may lose the newest messages |
+| Redis | a database (`/0`) of its own | not looked at: apps that share a Redis database share `unacked` |
+
+Behind a connection pooler PostgreSQL works in session mode only: timeouts and more are set once a connection (`SET`).
 
 ## Celery and Flower
 
 Celery's settings are in `celeryconfig.py`, with a reason on each line; they are part of what is promised, so change
-them only together with the tests. Flower reads its own variables, such as `FLOWER_BASIC_AUTH`; `tokentrail up`
-starts it on loopback with its API open, docker-compose.yml with a password.
+them only together with the tests. Flower reads its own variables, such as `FLOWER_PORT` and `FLOWER_BASIC_AUTH`;
+`tokentrail up` starts it on loopback, with its API open where the servers are embedded ones, docker-compose.yml with a
+password. Who else can reach it is in [operating](operating.md#who-may-look).
 
 ---
 This page is written by `python -m worker.settings_page > docs/configuration.md`; a test holds it current.
