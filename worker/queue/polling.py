@@ -9,6 +9,7 @@ Below `transport.py`: kombu's poller, with acknowledgements before each fetch, a
 from __future__ import annotations
 
 import logging
+from functools import partial
 from queue import Empty
 from typing import Any
 
@@ -33,7 +34,7 @@ class Poller(stock.MultiChannelPoller):
         Raised from here, before Celery holds the connection, a refusal would leave its sockets open at every try: a
         Redis that lets clients in and refuses writes (a demoted one, say) would run out of connections within minutes.
         """
-        self._unless_away(lambda: stock.MultiChannelPoller.on_poll_init(self, poller))
+        self._unless_away(partial(super().on_poll_init, poller))
 
     def on_poll_start(self) -> None:
         """Before each wait: tell what is done, then ask for more. Raises when the connection is lost."""
