@@ -114,6 +114,13 @@ def test_publish_sends_a_file_in_order(tokentrail, queue, tmp_path):
     assert [f"order-{n}" in each["headers"]["kwargsrepr"] for n, each in enumerate(queue())] == [True] * 4
 
 
+def test_one_of_something_is_not_several(tokentrail, queue, books):
+    books(accrual(1))
+    said = tokentrail("publish", "-", "--lanes", "1", stdin=lines(accrual(2)))
+    assert said == (0, "Published 1 event to 1 lane of the queue tokens.\n", "")
+    assert "page 1 of 1, 1 record " in tokentrail("history", "alice")[1]
+
+
 def test_publish_reads_standard_input_and_sends_bulks(tokentrail, queue):
     code, out, _ = tokentrail("publish", "-", "--bulk", stdin=lines(*map(accrual, range(1100))))
     assert (code, out) == (0, "Published 1,100 events to the queue tokens.\n")
@@ -205,7 +212,7 @@ def test_history_shows_records_newest_first(tokentrail, books):
     books(accrual(1), Burn(user_id="alice", amount="0.000777", idempotency_key="call", action="chat\x1b[31m"))
     code, out, _ = tokentrail("history", "alice")
     assert code == 0
-    assert "page 1 of 1, 2 records" in out
+    assert "page 1 of 1, 2 records " in out
     burned, accrued = (line.split() for line in out.splitlines() if line.strip()[:1] in {"1", "2"})
     assert burned[-4:] == ["-0.000777", "1", "0.999223", "call"]
     assert accrued[-5:] == ["shop", "+1", "0", "1", "order-1"]

@@ -6,6 +6,7 @@ A sentence says what is the case and what to do. The table is the specification:
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -228,6 +229,43 @@ def test_database_with_a_newer_schema_is_worked_with_and_a_stranger_is_not(token
     )
 
 
+def test_up_leaves_a_newer_schema_as_it_is_and_refuses_a_strangers(database_url, broker_url, tmp_path):
+    given = {
+        "DATABASE_URL": database_url,
+        "BROKER_URL": broker_url,
+        "TOKENTRAIL_HOME": str(tmp_path),
+        "TOKENTRAIL_API_HOST": "192.0.2.1",  # which no machine has, so that this ends once the schema is dealt with
+    }
+    with psycopg.connect(database_url, autocommit=True) as connection, (tmp_path / "said").open("w+") as output:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        expect(ended("up", stdout=output, environment=given), 1, "is free on 192.0.2.1")
+        output.seek(0)
+        assert "up | Left as it is: The schema is at 9999, newer than this code (0002); deploy" in output.read()
+        connection.execute("ALTER TABLE transaction_record RENAME TO hidden")
+    expect(ended("up", environment=given), 1, "names 9999, which is not a migration of tokentrail")
+
+
+def test_demo_looks_at_the_servers_before_it_publishes(tokentrail, database_url, empty_database_url, broker_url):
+    said = tokentrail("demo", DATABASE_URL=empty_database_url, BROKER_URL=broker_url)
+    expect(said, 1, "The database has no schema yet: run `tokentrail migrate`.")
+    with connect(broker_url) as broker:
+        assert broker.dbsize() == 0
+    said = tokentrail("demo", DATABASE_URL=database_url, BROKER_URL="sentinel://127.0.0.1:1/0")
+    expect(said, 2, "BROKER_URL is not usable: a sentinel:// URL needs the master's name")
+
+
+def test_statement_that_took_too_long(tokentrail, database_url):
+    with psycopg.connect(database_url) as holder:
+        holder.execute("LOCK alembic_version")
+        said = tokentrail(
+            "supply",
+            DATABASE_URL=database_url,
+            TOKENTRAIL_LOCK_TIMEOUT="60",
+            TOKENTRAIL_STATEMENT_TIMEOUT="0.1",
+        )
+    expect(said, 1, "statement timeout): it took too long, so raise TOKENTRAIL_STATEMENT_TIMEOUT.")
+
+
 class _OldPostgreSQL(Proxy):
     """A server that says of itself that it is of 2021: no package of the machine brings one."""
 
@@ -286,11 +324,81 @@ def test_folder_that_cannot_be_used(tmp_path):
     expect(said, 1, f"Cannot use {file} (File exists): choose a place that is a folder, TOKENTRAIL_HOME names it.")
 
 
+@contextlib.contextmanager
+def as_an_ordinary_user():
+    """Root may read everything, so for this long we are not."""
+    us = os.geteuid()
+    if us == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(us)
+
+
+def test_addresses_that_are_another_users(tokentrail, servers, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "HOME", tmp_path)
+    file = tmp_path / "servers.json"
+    file.write_text("{}")
+    file.chmod(0)
+    given = {"DATABASE_URL": servers.database_url, "BROKER_URL": servers.broker_url}
+    with as_an_ordinary_user():
+        expect(
+            tokentrail("supply"),
+            2,
+            f"No database: {file} belongs to another user's `tokentrail up`; set DATABASE_URL, or start your own",
+        )
+        assert tokentrail("settings", **given) == (0, "")
+
+
+def test_worker_uses_the_servers_of_the_folder_it_is_started_in(database_url, broker_url, tmp_path):
+    """An empty TOKENTRAIL_HOME is none. Celery runs in our own folder, where .tokentrail would be another."""
+    (tmp_path / ".tokentrail").mkdir()
+    addresses = {"database_url": database_url, "broker_url": broker_url, "pid": os.getpid()}
+    (tmp_path / ".tokentrail" / "servers.json").write_text(json.dumps(addresses))
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "worker.cli", "worker"],
+        cwd=tmp_path,
+        env={**os.environ, "TOKENTRAIL_HOME": "", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with Publisher(broker_url) as publisher, psycopg.connect(database_url, autocommit=True) as connection:
+            publisher.publish(Accrual(user_id="ann", amount=1, idempotency_key="k", source="test"))
+            applied = lambda: connection.execute("SELECT balance FROM account").fetchall() == [(1,)]  # noqa: E731
+            eventually(lambda: applied() or worker.poll() is not None, 60)
+            assert applied()
+    finally:
+        worker.kill()
+        worker.wait()
+
+
 @pytest.mark.parametrize("command", [("settings",), ("settings", "--json"), ("migrate", "--sql")])
 def test_output_that_cannot_be_written(command):
     with Path("/dev/full").open("w") as full:
         said = ended(*command, stdout=full)
     expect(said, 1, "Cannot write (No space left on device): free some space.")
+
+
+def test_output_that_cannot_say_every_character(database_url):
+    latin = {"DATABASE_URL": database_url, "PYTHONIOENCODING": "latin-1"}
+    process = {"environment": latin, "stdout": subprocess.DEVNULL}
+    assert ended("history", "Σ", **process) == (0, "")
+    expect(ended("publish", "Σ", **process), 2, r"Cannot read \u03a3: No such file")
+
+
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("--user", ("list", "--user", "\udcff")),
+        ("--by", ("replay", "--by", "\udcff", "1")),
+        ("--by", ("discard", "1", "--reason", "tried", "--by", "\udcff")),
+        ("--reason", ("discard", "1", "--reason", "\udcff")),
+    ],
+)
+def test_text_that_is_not_utf_8(tokentrail, database_url, broker_url, option, arguments):
+    said = tokentrail("dead-letters", *arguments, DATABASE_URL=database_url, BROKER_URL=broker_url)
+    expect(said, 2, f"{option} must be UTF-8.")
 
 
 def test_output_that_is_closed():

@@ -327,7 +327,7 @@ def test_history_command_shows_rejections(tokentrail, ledger):
     settle(ledger, burn("ann", 9, "b"))
     code, out, _ = tokentrail("history", "ann", "--rejected")
     assert code == 0
-    assert "page 1 of 1, 1 rejections" in out
+    assert "page 1 of 1, 1 rejection " in out
     assert "insufficient_tokens" in out
     assert json.loads(tokentrail("history", "ann", "--rejected", "--json")[1])["pagination"]["total"] == 1
     assert tokentrail("history", "bob", "--rejected") == (0, "bob has no rejections.\n", "")

@@ -10,11 +10,13 @@ import sys
 import time
 import urllib.request
 from threading import Thread
+from urllib.error import HTTPError
 
 import psutil
 import psycopg
 import pytest
 
+from worker.processes import Child, Family
 from worker.read.supply import read_supply
 
 SECONDS = 60  # how long anything may take before the test fails; nothing is measured
@@ -145,16 +147,22 @@ def test_up_runs_everything_and_leaves_nothing_behind(tokentrail, tmp_path):
     assert not addresses.exists()
 
 
-def test_up_that_is_killed_takes_everything_with_it_and_keeps_the_data(tokentrail, tmp_path):
+def test_up_that_is_killed_takes_everything_with_it_and_keeps_the_data(tokentrail, tmp_path, monkeypatch):
     def history():
         url = json.loads((tmp_path / "servers.json").read_text())["api_url"]
         return json.loads(get(f"{url}/api/account/transaction-history?userId=alice"))["pagination"]["total"]
 
+    monkeypatch.setenv("FLOWER_UNAUTHENTICATED_API", "false")
     up = tokentrail("up")
     up.wait_for("tokentrail is running")
     publish = tokentrail("publish", "--type", "accrual", "--user", "alice", "--amount", "1", "--source", "shop")
     assert publish.wait() == 0
     until(lambda: history() == 1, up.printed)
+
+    # Flower's API is as closed as the operator wants it.
+    flower_url = json.loads((tmp_path / "servers.json").read_text())["flower_url"]
+    with pytest.raises(HTTPError, match="401"):
+        get(f"{flower_url}/api/tasks")
 
     family = up.family()
     up.process.kill()
@@ -176,6 +184,42 @@ def test_up_uses_the_servers_that_are_set_and_says_why_a_part_does_not_start(tok
     assert "PostgreSQL and Valkey" not in up.printed()
     assert "tokentrail: flower ended with code" in up.printed()
     assert "nonsense" in up.printed()
+
+
+@pytest.mark.usefixtures("own_servers")
+def test_flowers_api_stays_closed_where_the_servers_are_not_ups_own(tokentrail):
+    def flowers():
+        return [each for each in up.family() if "--logging=error" in each.cmdline()]
+
+    up = tokentrail("up")
+    until(flowers, up.printed)
+    assert "FLOWER_UNAUTHENTICATED_API" not in flowers()[0].environ()
+
+
+def test_child_that_cannot_be_started_again_is_tried_later_and_its_siblings_live(tmp_path):
+    """As when the machine has no more processes: a folder that is away makes the start fail as truly."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    wait = [sys.executable, "-c", "import time; time.sleep(600)"]
+    family = Family()
+    sibling, child = family.add(Child("sibling", wait)), family.add(Child("child", wait, cwd=folder))
+    try:
+        child.signal(signal.SIGKILL)
+        child.process.wait()
+        assert family.step() == [child]
+        folder.rmdir()
+        child.restart_later()
+        child.restart_at = time.monotonic()
+        assert family.step() == [child]
+        assert child.last_words == "could not be started (No such file or directory)"
+        assert sibling.running
+        assert child.restart_later() == 2  # seconds: the second failure in a row
+        folder.mkdir()
+        child.restart_at = time.monotonic()
+        assert family.step() == []
+        assert child.running
+    finally:
+        family.stop([sibling, child], grace=5)
 
 
 def test_demo_by_itself_runs_to_its_end(tokentrail):

@@ -14,9 +14,10 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schema import addresses
+from schema.publisher import Publisher
 
 #: Where `tokentrail up` keeps its servers' data and writes their addresses (mode 0600).
-HOME = Path(os.environ.get("TOKENTRAIL_HOME", ".tokentrail"))
+HOME = Path(os.environ.get("TOKENTRAIL_HOME") or ".tokentrail")
 
 
 class ConfigError(Exception):
@@ -74,7 +75,9 @@ class Settings(BaseSettings):
     )
     api_host: str = Field("127.0.0.1", description="Address the read endpoint listens on.")
     api_port: Annotated[int, Field(ge=1, le=65_535)] = Field(8000, description="Port the read endpoint listens on.")
-    flower_port: Annotated[int, Field(ge=1, le=65_535)] = Field(5555, description="Port Flower listens on.")
+    flower_port: Annotated[int, Field(ge=1, le=65_535)] = Field(
+        5555, description="Port that `tokentrail up` starts Flower on; started by itself it takes FLOWER_PORT."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="What is logged, and above.")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: console on a terminal, else json."
@@ -113,14 +116,35 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """PostgreSQL's URL, or ConfigError when there is none."""
         if self.database_url is None:
-            raise ConfigError("No database: set DATABASE_URL, or start the embedded servers with `tokentrail up`.")
+            raise _missing("database", "DATABASE_URL")
         return self.database_url.get_secret_value()
 
     def broker(self) -> str:
         """Redis' URL, or ConfigError when there is none."""
         if self.broker_url is None:
-            raise ConfigError("No broker: set BROKER_URL, or start the embedded servers with `tokentrail up`.")
+            raise _missing("broker", "BROKER_URL")
         return self.broker_url.get_secret_value()
+
+    def publisher(self, lanes: int = 0) -> Publisher:
+        """A publisher to the queue, or ConfigError when there is no broker or its URL cannot be used."""
+        try:
+            return Publisher(self.broker(), self.queue, lanes)
+        except ValueError as error:
+            raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
+
+
+def _missing(what: str, variable: str) -> ConfigError:
+    file = HOME / "servers.json"
+    try:
+        file.open().close()
+    except PermissionError:
+        return ConfigError(
+            f"No {what}: {file} belongs to another user's `tokentrail up`; set {variable}, or start your own servers"
+            " with `tokentrail up` in another folder (TOKENTRAIL_HOME)."
+        )
+    except OSError:
+        pass
+    return ConfigError(f"No {what}: set {variable}, or start the embedded servers with `tokentrail up`.")
 
 
 def _check_database(url: str) -> None:
@@ -143,10 +167,14 @@ def _running_servers() -> dict[str, Any]:
     """The addresses that a running `tokentrail up` of this folder has written, else nothing."""
     try:
         found = dict(json.loads((HOME / "servers.json").read_text()))
-        os.kill(found["pid"], 0)  # of one that was killed, the addresses are nobody's
+        pid = int(found["pid"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours to read
+        return {}
+    try:
+        os.kill(pid, 0)  # of one that was killed, the addresses are nobody's
     except PermissionError:
-        return found  # it runs, as another user
-    except (OSError, ValueError, KeyError, TypeError):
+        pass  # it runs, as another user
+    except (OSError, OverflowError):
         return {}
     return found
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import psycopg
 from alembic import command
@@ -12,8 +13,12 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from psycopg.abc import PQGen
+from sqlalchemy.exc import ProgrammingError
 
 from worker.config import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _T = TypeVar("_T")
 
@@ -25,6 +30,14 @@ OLDEST_SERVER: Final = 150_000
 
 class SchemaError(CommandError):
     """The database is not one this code can work with; the message says why and what to do."""
+
+
+class Deployed(NamedTuple):
+    """What became of the schema."""
+
+    before: str | None
+    applied: list[str]  # revisions, oldest first
+    left: str | None  # a sentence when it is newer than this code, which then leaves it alone
 
 
 def alembic_config(url: str | None = None) -> Config:
@@ -43,6 +56,34 @@ def migrate(url: str, revision: str = "head") -> list[str]:
     config = alembic_config(url)
     command.upgrade(config, revision)
     return list(config.attributes.get("applied", []))
+
+
+def deploy(url: str) -> Deployed:
+    """Bring the schema up to date, unless it is newer than this code. Raises SchemaError, in one sentence."""
+    with told():
+        with psycopg.connect(url, connect_timeout=5) as connection:
+            before = current_revision(connection)
+            if before is not None and not knows(before):
+                return Deployed(before, [], f"Left as it is: {check_schema(connection)}")
+        return Deployed(before, migrate(url), None)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Let what Alembic and a stranger's tables say end as one sentence too."""
+    try:
+        yield
+    except SchemaError:
+        raise
+    except CommandError as error:
+        raise SchemaError(str(error)) from error
+    except ProgrammingError as error:
+        if isinstance(error.orig, psycopg.errors.DuplicateTable):
+            raise SchemaError(
+                f"{error.orig.diag.message_primary}, and no migration of ours made it: if these tables are the schema "
+                "before the trail, say so with `alembic stamp 0001`, and migrate again."
+            ) from error
+        raise
 
 
 def known_revision() -> str:

@@ -53,6 +53,7 @@ class Child:
         self._command, self._env, self._cwd, self._on_line, self._log = list(command), env, cwd, on_line, log
         self._partial = b""
         self._started = 0.0
+        self._unstarted: OSError | None = None  # why the last start did not come to a process
 
     @property
     def pid(self) -> int:
@@ -66,6 +67,8 @@ class Child:
     @property
     def last_words(self) -> str:
         """How it ended, and the last lines that it printed."""
+        if self._unstarted is not None:
+            return f"could not be started ({self._unstarted.strerror or self._unstarted})"
         code = self.process.returncode if self.process else None
         ended = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
         tail = self.tail or (self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if self._log else ())
@@ -91,6 +94,16 @@ class Child:
             )
         if self.process.stdout:
             os.set_blocking(self.process.stdout.fileno(), False)
+
+    def start_again(self) -> bool:
+        """Start it once more; False when the machine has no process, memory or file for it just now."""
+        try:
+            self.start()
+        except OSError as error:
+            self._unstarted = error
+            return False
+        self._unstarted = None
+        return True
 
     def restart_later(self) -> float:
         """Plan the next start; returns in how many seconds."""
@@ -170,8 +183,8 @@ class Family:
         found = []
         for child in self.children:
             if child.restart_at is not None:
-                if now >= child.restart_at and not self.stopping:
-                    child.start()
+                if now >= child.restart_at and not self.stopping and not child.start_again():
+                    found.append(child)  # our own end would be that of its healthy siblings
             elif child.process is not None and not child.running and not self.stopping:
                 self._drain(child)
                 found.append(child)

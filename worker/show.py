@@ -55,6 +55,11 @@ def tokens(amount: Decimal) -> str:
     return f"{sign}{','.join(reversed(groups))}{point}{fraction}"
 
 
+def count(number: int, noun: str) -> str:
+    """1 event, 2,000 events."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def moment(when: datetime) -> str:
     return when.strftime("%Y-%m-%d %H:%M:%S")
 
@@ -71,7 +76,7 @@ def history_table(user_id: str, history: TransactionHistory) -> Table:
     """One page of an account's records, newest first."""
     about = history.pagination
     made = table(
-        f"History of {printable(user_id)}: page {about.page} of {about.total_pages}, {about.total:,} records",
+        f"History of {printable(user_id)}: page {about.page} of {about.total_pages}, {count(about.total, 'record')}",
         no="right",
         recorded="left",
         type="left",
@@ -100,7 +105,8 @@ def rejections_table(user_id: str, found: Rejections) -> Table:
     """One page of what an account was refused for good, newest first."""
     about = found.pagination
     made = table(
-        f"Rejections of {printable(user_id)}: page {about.page} of {about.total_pages}, {about.total:,} rejections",
+        f"Rejections of {printable(user_id)}: page {about.page} of {about.total_pages},"
+        f" {count(about.total, 'rejection')}",
         no="right",
         decided="left",
         type="left",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from rich.text import Text
 
 from worker.config import HOME, settings
-from worker.db import ROOT, migrate
+from worker.db import ROOT, deploy
 from worker.embedded import EmbeddedError, servers
 from worker.processes import Child, Family
 from worker.show import console
@@ -107,8 +107,11 @@ class _Running:
         database_url, broker_url = self._start_servers(stack)
         if self._family.stopping:
             return
-        if applied := migrate(database_url):
-            self.say(f"migrated the database to {applied[-1]}")
+        done = deploy(database_url)
+        if done.left:
+            self.say(done.left)
+        elif done.applied:
+            self.say(f"migrated the database to {done.applied[-1]}")
         api = _Address(self._settings.api_host, _free_port(self._settings.api_host, self._settings.api_port))
         flower = _Address("127.0.0.1", _free_port("127.0.0.1", self._settings.flower_port, taken=api.port))
         addresses = {
@@ -136,12 +139,12 @@ class _Running:
     def _start_children(self, addresses: dict[str, Any], api: _Address, flower: _Address) -> None:
         self._environment = {
             "FLOWER_TASKS_COLUMNS": "name,state,kwargs,result,received,runtime,worker,uuid",  # each with its outcome
+            **self._open_api(),
             **os.environ,
             "DATABASE_URL": addresses["database_url"],
             "BROKER_URL": addresses["broker_url"],
             "TOKENTRAIL_HOME": str(HOME.absolute()),
             "PYTHONUNBUFFERED": "1",
-            "FLOWER_UNAUTHENTICATED_API": "true",  # it listens on loopback only
         }
         if self._settings.log_format == "auto":
             self._environment["TOKENTRAIL_LOG_FORMAT"] = "console"  # a person reads it, though through our pipe
@@ -151,6 +154,14 @@ class _Running:
             "flower": (*_FLOWER, f"--address={flower.host}", f"--port={flower.port}"),
         }.items():
             self._family.add(self._child(name, *command, on_line=self._line))
+
+    def _open_api(self) -> dict[str, str]:
+        """Flower's API asks for no password where only servers of our own are behind it.
+
+        Loopback keeps out other machines and not the browser of this one: any page in it could have tasks sent.
+        """
+        given = self._settings.database_url or self._settings.broker_url
+        return {} if given else {"FLOWER_UNAUTHENTICATED_API": "true"}
 
     def _child(self, name: str, *command: str, on_line: Callable[[str, str], None] | None = None) -> Child:
         return Child(name, [sys.executable, "-m", *command], env=self._environment, cwd=ROOT, on_line=on_line)

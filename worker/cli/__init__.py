@@ -16,6 +16,7 @@ configured.py settings
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from typing import NoReturn
@@ -48,6 +49,9 @@ show_examples(app)
 
 def main() -> NoReturn:
     """Run the command line and exit. Errors a user can meet are one sentence on standard error, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None when it is closed
+            stream.reconfigure(errors="backslashreplace")  # a producer's text may be more than a terminal can say
     try:
         code = app(prog_name="tokentrail", standalone_mode=False)
         if sys.stdout is not None:

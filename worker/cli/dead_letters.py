@@ -18,17 +18,16 @@ import psycopg
 import typer
 from rich.table import Table
 
-from schema.publisher import Publisher
 from schema.reasons import DEAD_LETTER_REASONS
 from schema.tables import DEAD_LETTER_STATES
 from worker.cli.usage import Misused
-from worker.config import ConfigError, settings
+from worker.config import settings
 from worker.db import check_schema, connect
 from worker.ledger import letterbox
 from worker.ledger.letterbox import Filter, Kept, Message
 from worker.queue.replay import Report, refusal
 from worker.queue.replay import replay as replay_letters
-from worker.show import console, moment, printable, progress, table
+from worker.show import console, count, moment, printable, progress, table
 
 if TYPE_CHECKING:
     from worker.config import Settings
@@ -136,11 +135,7 @@ def replay(
     states = ["open", "replayed"] if again else ["open"]
     which = _filter(states, reason, user, since)
     who = _who(by)
-    try:
-        publisher = Publisher(found.broker(), found.queue)
-    except ValueError as error:
-        raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
-    with publisher, _connection() as connection:
+    with found.publisher() as publisher, _connection() as connection:
         wanted = list(dict.fromkeys(numbers)) if numbers else letterbox.numbers(connection, which)
         with progress("replaying", len(wanted), console(stderr=True)) as advance:
             report = replay_letters(
@@ -166,11 +161,12 @@ def discard(
     """Close open dead letters that need no outcome. They stay on record, and cannot be replayed any more."""
     if not reason.strip():
         raise Misused("--reason must say why.")
+    _refuse_untypable("--reason", reason)
     wanted = list(dict.fromkeys(numbers))
     with _connection() as connection:
         done = letterbox.discard(connection, wanted, _who(by), reason)
         left = {number: letterbox.find(connection, number) for number in wanted if number not in done}
-    typer.echo(f"Discarded {_count(len(done), 'dead letter')}.")
+    typer.echo(f"Discarded {count(len(done), 'dead letter')}.")
     for number, found in left.items():
         if found is None:
             typer.echo(f"{number} was not: there is no such letter.", err=True)
@@ -197,10 +193,10 @@ def purge(
         total, spared = letterbox.purgeable(connection, age)
         purged = 0
         with progress("purging", total, console(stderr=True)) as advance:
-            for count in letterbox.purge(connection, age):
-                purged += count
-                advance(count)
-    typer.echo(f"Purged the bodies of {_count(purged, 'dead letter')}.")
+            for some in letterbox.purge(connection, age):
+                purged += some
+                advance(some)
+    typer.echo(f"Purged the bodies of {count(purged, 'dead letter')}.")
     if spared:
         typer.echo(f"Kept the bodies of {spared:,} open ones that nothing else is kept of: discard these first.")
 
@@ -220,9 +216,17 @@ def _filter(states: Sequence[str], reasons: Sequence[str] | None, user: str | No
     for reason in reasons or ():
         if reason not in DEAD_LETTER_REASONS:
             raise Misused(f"--reason must be one of {', '.join(DEAD_LETTER_REASONS)}.")
-    if user is not None and "\x00" in user:
-        raise Misused("--user must not hold a NUL character.")
+    if user is not None:
+        _refuse_untypable("--user", user)
     return Filter(states, list(reasons or ()), user, None if since is None else _since(since))
+
+
+def _refuse_untypable(option: str, text: str) -> None:
+    """Raise Misused for what PostgreSQL's text cannot hold: NUL, and bytes that the shell gave and are no UTF-8."""
+    if "\x00" in text:
+        raise Misused(f"{option} must not hold a NUL character.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Misused(f"{option} must be UTF-8.")
 
 
 def _since(text: str) -> datetime:
@@ -246,8 +250,9 @@ def _age(text: str) -> timedelta | None:
 def _who(by: str | None) -> str:
     """Who does this: as said, or as the machine says."""
     if by is not None:
-        if not by.strip() or "\x00" in by:
+        if not by.strip():
             raise Misused("--by must name somebody.")
+        _refuse_untypable("--by", by)
         return by
     try:
         user = getpass.getuser()
@@ -257,19 +262,15 @@ def _who(by: str | None) -> str:
 
 
 def _tell(report: Report, found: Settings) -> None:
-    what = f"{_count(report.events, 'event')} of {_count(report.letters, 'dead letter')}"
+    what = f"{count(report.events, 'event')} of {count(report.letters, 'dead letter')}"
     typer.echo(f"Published {what} to the queue {found.queue}.")
     if not report.refused:
         return
-    typer.echo(f"{_count(len(report.refused), 'dead letter')} cannot be replayed:", err=True)
+    typer.echo(f"{count(len(report.refused), 'dead letter')} cannot be replayed:", err=True)
     for number, why in list(report.refused.items())[:_NAMED]:
         typer.echo(f"  {number}: {why}", err=True)
     if len(report.refused) > _NAMED:
         typer.echo(f"  and {len(report.refused) - _NAMED:,} more", err=True)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _table(found: Sequence[Kept]) -> Table:

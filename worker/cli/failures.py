@@ -44,6 +44,7 @@ _OF_POSTGRESQL: Final = {
     "25006": "it is a read-only standby, so name the primary in DATABASE_URL",
     "42501": "give the user of DATABASE_URL that right",
     "55P03": "something else holds the lock, so try again",
+    "57014": "it took too long, so raise TOKENTRAIL_STATEMENT_TIMEOUT",
     "57": "it was interrupted, so try again",
 }
 

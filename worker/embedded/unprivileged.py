@@ -45,7 +45,7 @@ def account() -> Account:
     except KeyError:
         raise EmbeddedError(
             "PostgreSQL refuses to run as root and there is no account `nobody` to run it as:"
-            " run as an ordinary user, or set DATABASE_URL."
+            " run as an ordinary user, or set both DATABASE_URL and BROKER_URL."
         ) from None
     return Account(nobody.pw_uid, nobody.pw_gid, ())
 
