@@ -248,6 +248,7 @@ def test_hostile_broadcasts_neither_end_a_worker_nor_silence_it(traffic, stage):
         hostile.message("", {"clock": hostile.raw("NaN")}),
         hostile.message(hostile.dumps(command), {"clock": [1]}),
     ]
+    wild += [b'{"body": {"__type__": "bytes", "__value__": 5}, "no": "UTF-8 \xff"}'] * 3  # one to each channel
     wild += [killer.raw for killer in hostile.killers(stage._folder / "loaded")]
     wild += [raw for portion in hostile.made(10_000 if LONG else 150, SEED) for raw in portion]
     pubsub = stage.redis.pubsub()

@@ -18,6 +18,7 @@ from importlib import import_module
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
+from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 from redis import exceptions
 
@@ -141,7 +142,7 @@ class Channel(FetchingChannel):
         payload: dict[str, Any] = super()._handle_message(client, response)
         try:
             if isinstance(payload["data"], str | bytes):
-                loads(payload["data"])
+                loads(bytes_to_str(payload["data"]))  # which replaces what is no UTF-8, as kombu does before it reads
         except (TypeError, ValueError):
             pass  # kombu says so, and goes on
         except Exception as error:  # noqa: BLE001 - type tags run constructors on content
