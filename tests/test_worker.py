@@ -177,13 +177,115 @@ def test_waiting_burns_do_not_keep_their_accruals_out(stage):
     """More burns than prefetch allows wait; were they to count, the accruals behind them would never be fetched."""
     stage.start(burn_patience=60, batch_size=50)
 
-    stage.publisher.publish_all(burn(f"user-{n}", 1, "b") for n in range(400))
-    stage.publisher.publish_all(accrual(f"user-{n}", 1, "a") for n in range(400))
-    eventually(lambda: stage.count("transaction_record") == 800, 30)
+    stage.publisher.publish_all(burn(f"user-{n}", 1, "b") for n in range(1_500))
+    stage.publisher.publish_all(accrual(f"user-{n}", 1, "a") for n in range(1_500))
+    eventually(lambda: stage.count("transaction_record") == 3_000, 30)
 
     assert stage.count("rejected_event") == 0
     eventually(lambda: stage.in_redis() == 0)
     assert stage.broken() == []
+
+
+LOCKED, UNLOCKED = "accounts locked by another session", "no account is locked by another session any more"
+
+
+@contextmanager
+def account_locked(stage, user_id):
+    """By somebody who is in no hurry, as with a forgotten BEGIN in psql."""
+    with psycopg.connect(stage.database_url) as connection:
+        connection.execute("INSERT INTO account (user_id) VALUES (%s) ON CONFLICT DO NOTHING", (user_id,))
+        connection.commit()
+        connection.execute("SELECT FROM account WHERE user_id = %s FOR UPDATE", (user_id,))
+        yield
+        connection.rollback()
+
+
+def test_an_account_that_somebody_keeps_locked_holds_up_its_own_events_and_no_others(stage):
+    """Also when there are more of them than prefetch allows, and when nothing else is in the batch."""
+    stage.start(batch_size=100)
+
+    with account_locked(stage, "ann"):
+        stage.publisher.publish(accrual("ann", 1, "first"))
+        eventually(lambda: LOCKED in stage.log())
+        stage.publisher.publish_all(accrual("ann", 1, f"a{n}") for n in range(1_500))
+        stage.publisher.publish_all(accrual(f"user-{n}", 1, "a") for n in range(500))
+        eventually(lambda: stage.count("transaction_record") == 500)
+        eventually(lambda: stage.redis.llen("tokens") == 0)
+        time.sleep(2.5)  # some looks, none of which is to the worker's or the log's harm
+        assert stage.redis.hlen("unacked") == 1_501
+        assert stage.balance("ann") == 0
+    eventually(lambda: stage.balance("ann") == 1_501, 20)
+
+    keys = [
+        key
+        for (key,) in stage.rows(
+            "SELECT idempotency_key FROM transaction_record WHERE user_id = 'ann' ORDER BY sequence"
+        )
+    ]
+    assert keys == ["first", *(f"a{n}" for n in range(1_500))], "its events kept their order"
+    eventually(lambda: stage.in_redis() == 0 and UNLOCKED in stage.log())
+    assert (stage.log().count(LOCKED), stage.log().count(UNLOCKED)) == (1, 1)
+    assert "database not available" not in stage.log()
+    assert stage.broken() == []
+
+
+def test_of_a_bulk_message_only_what_is_locked_waits(stage):
+    stage.start(lock_timeout=0.2)
+    events = [accrual("ann", 5, "a"), accrual("bob", 5, "a"), burn("ann", 2, "b"), burn("bob", 2, "b")]
+
+    with account_locked(stage, "ann"):
+        stage.publisher.publish_bulk(events)
+        eventually(lambda: stage.balance("bob") == 3 and LOCKED in stage.log())
+        # Known to be locked now: the next is cut before anything is tried, and its dead letter is written once.
+        again = [event.model_dump(mode="json") for event in [accrual("ann", 5, "a2"), accrual("bob", 5, "a2")]]
+        with closing(Celery(broker=stage.broker_url)) as celery:
+            half = {"events": [again[0], {"type": "accrual", "user_id": "ann"}, again[1]]}
+            celery.send_task("tokens.apply_many", kwargs=half, queue="tokens")
+        eventually(lambda: stage.balance("bob") == 8)
+        eventually(lambda: stage.count("dead_letter") == 1)
+        time.sleep(1.5)
+        assert stage.redis.hlen("unacked") == 2, "neither is acknowledged while a part of it is undecided"
+        assert stage.balance("ann") == 0
+    eventually(lambda: stage.balance("ann") == 8)
+
+    eventually(lambda: stage.in_redis() == 0)
+    assert stage.count("dead_letter") == 1
+    assert stage.broken() == []
+
+
+def test_no_patience_passes_while_the_account_is_locked(stage):
+    """Its accrual is published meanwhile and cannot be applied: "not now" is no answer."""
+    stage.start(burn_patience=1, lock_timeout=0.2)
+    stage.publisher.publish(burn("ann", 4, "b"))
+    eventually(lambda: stage.count("account") == 1)
+
+    with account_locked(stage, "ann"):
+        eventually(lambda: LOCKED in stage.log())  # its patience was over, and this was the final try
+    time.sleep(0.1)
+    assert stage.count("rejected_event") == 0
+    stage.publisher.publish(accrual("ann", 10, "a"))
+
+    eventually(lambda: stage.balance("ann") == 6)
+    assert stage.count("rejected_event") == 0
+
+
+def test_a_stopped_worker_puts_back_in_order_what_waits_for_a_locked_account(stage):
+    worker = stage.start(lock_timeout=0.2)
+    with account_locked(stage, "ann"):
+        stage.publisher.publish_all(accrual("ann", 1, f"a{n}") for n in range(20))
+        eventually(lambda: LOCKED in stage.log())
+        stage.publisher.publish_all(accrual("ann", 1, f"b{n}") for n in range(20))
+        eventually(lambda: stage.redis.hlen("unacked") == 40)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 0, stage.log()
+        assert stage.redis.llen("tokens") == 40
+        assert stage.redis.exists("unacked", "unacked_restores") == 0, "a clean hand-back is no death"
+
+    stage.start()
+    eventually(lambda: stage.balance("ann") == 40)
+    assert [key for (key,) in stage.rows("SELECT idempotency_key FROM transaction_record ORDER BY sequence")] == [
+        f"{name}{n}" for name in "ab" for n in range(20)
+    ]
 
 
 def test_a_stopped_worker_puts_waiting_burns_back_and_does_not_refuse_them(stage):

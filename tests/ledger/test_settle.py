@@ -21,10 +21,11 @@ import pytest
 from worker.config import Settings
 from worker.db import connect, migrate
 from worker.embedded import PostgresServer
+from worker.ledger import settle
 from worker.ledger.apply import apply_batch
 from worker.ledger.dead_letters import Letter
 from worker.ledger.errors import MAX_CULPRITS, Interrupted, SuspiciousBatch
-from worker.ledger.outcomes import Applied, DeadLettered, Origin
+from worker.ledger.outcomes import Applied, DeadLettered, Locked, Origin
 
 from .support import (
     PATIENCE,
@@ -477,11 +478,62 @@ def test_while_some_accounts_are_locked_the_others_events_are_decided(watched, o
             until(lambda: count(connection, "transaction_record") == 6, "the free accounts' events are decided")
             assert count(connection, "transaction_record", "user_id = 'bob'") == 0
             assert count(connection, "dead_letter") == 1
+            ledger.next_report()
             assert not outcomes.done()
         assert told(outcomes.result(PATIENCE)) == ["applied #1: 0 → 2"] * 4 + ["applied #2: 2 → 1"] * 4
     assert ledger.said == ["canceling statement due to lock timeout [55P03]", None]
     assert len(entries) == 2
     assert_books_balance(owner)
+
+
+def test_what_is_locked_comes_back_to_whoever_wants_to_go_on_without_it(watched, owner, connection):
+    owner.execute("INSERT INTO account (user_id) VALUES ('ann'), ('bob')")
+    ledger = watched(lock_timeout=0.1)
+    letter = Letter("invalid_event", "of the same batch", Origin("tokens.burn", "another"))
+    batch = sent(accrual("bob", 2, "a"), accrual("ann", 2, "a"), burn("bob", 1, "b"), accrual("cid", 1, "a"))
+    locked = [Locked("bob"), Locked("bob")]
+    with holding(owner, "bob"):
+        mixed = ledger.settle(batch, [letter], set_aside=True)
+        assert [mixed[0], mixed[2]] == locked
+        assert told([mixed[1], mixed[3]]) == ["applied #1: 0 → 2", "applied #1: 0 → 1"]
+        assert count(connection, "dead_letter") == 1
+        assert ledger.settle([batch[0], batch[2]], set_aside=True) == locked, "also when there is nothing else"
+        assert ledger.unlocked(["bob"]) == set()
+        assert ledger.unlocked(["ann", "bob", "cid"]) == {"ann", "cid"}
+    assert ledger.said == [], "it is nothing that the whole database has"
+    assert ledger.unlocked(["bob"]) == {"bob"}
+    assert told(ledger.settle(batch, set_aside=True)) == [
+        "applied #1: 0 → 2",
+        "applied #1: 0 → 2 (again)",
+        "applied #2: 2 → 1",
+        "applied #1: 0 → 1 (again)",
+    ]
+    assert_books_balance(owner)
+
+
+def test_an_account_that_was_locked_while_it_was_opened_is_free_when_that_failed(watched, owner, url):
+    """There is no row then that anyone could unlock."""
+    ledger = watched(lock_timeout=0.1)
+    batch = sent(accrual("ann", 1, "a"))
+    with psycopg.connect(url) as stranger:
+        stranger.execute("INSERT INTO account (user_id) VALUES ('ann')")
+        assert ledger.settle(batch, set_aside=True) == [Locked("ann")]
+        stranger.rollback()
+    assert ledger.unlocked(["ann"]) == {"ann"}
+    assert told(ledger.settle(batch, set_aside=True)) == ["applied #1: 0 → 1"]
+
+
+def test_a_busy_account_is_stood_in_line_for(watched, owner, background, monkeypatch):
+    """Nobody who only looks ever sees it without a lock: there is always somebody else's turn."""
+    monkeypatch.setattr(settle, "IN_LINE", PATIENCE)
+    owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
+    ledger = watched(lock_timeout=0.1)
+    with holding(owner, "ann"):
+        free = background(ledger.unlocked, ["ann"])
+        until(lambda: waiting_for(owner, owner), "it stands in line, for longer than a batch's lock timeout")
+        time.sleep(0.3)
+        assert not free.done()
+    assert free.result(PATIENCE) == {"ann"}
 
 
 def test_a_frozen_worker_is_overcome_and_finds_its_way_back(watched, owner, url):

@@ -88,6 +88,15 @@ class Undecided(NamedTuple):
         return f"undecided: {plain_number(self.balance)} held"
 
 
+class Locked(NamedTuple):
+    """Somebody else keeps the account locked, and the caller wants to go on without it. Nothing was written."""
+
+    user_id: str
+
+    def __str__(self) -> str:
+        return f"locked: {self.user_id} is in another session's hands"
+
+
 class DeadLettered(NamedTuple):
     """The message has no outcome; it is kept whole among the dead letters."""
 
@@ -99,4 +108,4 @@ class DeadLettered(NamedTuple):
 
 
 Decision: TypeAlias = Applied | Rejected
-Outcome: TypeAlias = Applied | Rejected | Undecided | DeadLettered
+Outcome: TypeAlias = Applied | Rejected | Undecided | Locked | DeadLettered

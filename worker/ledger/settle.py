@@ -23,7 +23,7 @@ from . import store
 from .apply import apply_batch
 from .dead_letters import Letter
 from .errors import LOCK_NOT_AVAILABLE, MAX_CULPRITS, Interrupted, SuspiciousBatch, caused_by_event
-from .outcomes import DeadLettered, Delivery, Outcome
+from .outcomes import DeadLettered, Delivery, Locked, Outcome
 
 log = structlog.get_logger(__name__)
 
@@ -33,8 +33,8 @@ LONGEST_PAUSE: Final = 5.0  # seconds
 #: Seconds that the server's own word on a statement that took too long may need to reach us.
 ANSWER_MARGIN: Final = 5.0
 
-#: After so many lock timeouts in a row the free accounts go first, so that only those that are really locked wait.
-LOCK_TRIES: Final = 3
+#: Seconds to stand in line for one account of those that are never found unlocked: it may only be a busy one.
+IN_LINE: Final = 0.1
 
 #: Troubles between transactions, after which the same session is as good as before: class 40 and a lock timeout.
 #: After any other a new one is made, for the old one may be the trouble: a primary that has become a read-only
@@ -67,14 +67,18 @@ class Ledger:
         self._batches = 0  # of this connection
         self._trouble: str | None = None
 
-    def settle(self, deliveries: Sequence[Delivery], letters: Sequence[Letter] = ()) -> list[Outcome]:
+    def settle(
+        self, deliveries: Sequence[Delivery], letters: Sequence[Letter] = (), *, set_aside: bool = False
+    ) -> list[Outcome]:
         """The outcome of each delivery, durable; the letters are kept.
 
+        Accounts that somebody else keeps locked hold up nobody else's events. Theirs are waited for, or with
+        `set_aside` come back as Locked, to be settled again when `unlocked` names the account.
         Raises Interrupted when stopped while waiting, and SuspiciousBatch when the database refuses more than
         MAX_CULPRITS of the events. All deliveries must then be delivered again: what was decided stays decided,
         and no event has become a dead letter for the database's refusal.
         """
-        outcomes = _Settlement(self).run(list(deliveries), list(letters))
+        outcomes = _Settlement(self, set_aside).run(list(deliveries), list(letters))
         self._recovered()
         return outcomes
 
@@ -111,23 +115,39 @@ class Ledger:
         except psycopg.Error:
             return [False] * len(burns)
 
-    def free_accounts(self, deliveries: Sequence[Delivery]) -> set[str]:
-        """Those of the deliveries' accounts that nobody holds; empty when that is all, none, or not to be known."""
+    def locked(self, deliveries: Sequence[Delivery]) -> set[str]:
+        """Those of the deliveries' accounts that somebody holds right now; none while nobody can know."""
         users = sorted({delivery.event.user_id for delivery in deliveries})
         try:
+            self._end_frozen()
             # An account that is yet to be opened is free too, unless whoever is opening it is the one who is stuck.
             with contextlib.suppress(psycopg.errors.LockNotAvailable), self.connection().cursor() as cursor:
                 store.open_accounts(cursor, users)
-            free = store.unlocked(self.connection(), users)
+            return set(users) - store.unlocked(self.connection(), users)
         except psycopg.Error:
             return set()  # the next try meets the same trouble and names it
-        return free if len(free) < len(users) else set()
 
-    def end_frozen(self) -> None:
+    def unlocked(self, users: Sequence[str]) -> set[str]:
+        """Those of the accounts that were found Locked and can be had now; none while nobody can know.
+
+        A busy account is never without a lock, only in ever other hands. So one of them all, another each time, is
+        stood in line for.
+        """
+        try:
+            self._end_frozen()
+            # Whoever was opening an account when it was found locked may have given up: then there is none to unlock.
+            free = store.unlocked(self.connection(), users) | store.missing(self.connection(), users)
+            rest = [user_id for user_id in users if user_id not in free]
+            if rest and store.unlocked_within(self.connection(), chosen := random.choice(rest), IN_LINE):  # noqa: S311
+                free.add(chosen)
+        except psycopg.Error:
+            return set()
+        return free
+
+    def _end_frozen(self) -> None:
         """End whoever holds locks in a session that PostgreSQL does not end."""
-        with contextlib.suppress(psycopg.Error):  # the next try meets the same trouble and names it
-            for pid in store.end_frozen(self.connection(), self._settings.idle_in_transaction_timeout):
-                log.warning("ended the session of a worker that froze while it wrote", backend=pid)
+        for pid in store.end_frozen(self.connection(), self._settings.idle_in_transaction_timeout):
+            log.warning("ended the session of a worker that froze while it wrote", backend=pid)
 
     def not_now(self, error: psycopg.Error, pause: float) -> None:
         """Wait before the next try. Says so once, however many tries it takes."""
@@ -152,8 +172,9 @@ class Ledger:
 class _Settlement:
     """One call of Ledger.settle: a batch, cut where it must be."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, set_aside: bool) -> None:
         self._ledger = ledger
+        self._set_aside = set_aside
         self._culprits: list[Letter] = []
 
     def run(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
@@ -165,7 +186,7 @@ class _Settlement:
 
     def settle(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
         """Decide the deliveries in their order, cutting the batch in halves until each part goes through."""
-        pause, lock_timeouts = FIRST_PAUSE, 0
+        pause = FIRST_PAUSE
         while True:
             try:
                 self._ledger.connection()
@@ -178,12 +199,10 @@ class _Settlement:
             except psycopg.Error as error:
                 if caused_by_event(error.sqlstate) or (error.sqlstate is None and isinstance(error, _CLIENT_SIDE)):
                     return self._halve(deliveries, letters, error)
-                if error.sqlstate == LOCK_NOT_AVAILABLE:
-                    lock_timeouts += 1
-                    if lock_timeouts >= LOCK_TRIES:
-                        self._ledger.end_frozen()
-                        if free := self._ledger.free_accounts(deliveries):
-                            return self._free_first(deliveries, letters, free)
+                locked = self._ledger.locked(deliveries) if error.sqlstate == LOCK_NOT_AVAILABLE else set()
+                places = [place for place, delivery in enumerate(deliveries) if delivery.event.user_id in locked]
+                if places and (self._set_aside or len(places) < len(deliveries)):
+                    return self._locked_last(deliveries, letters, places)
                 self._ledger.not_now(error, pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
             except _OUR_BUGS as bug:
@@ -221,15 +240,20 @@ class _Settlement:
         )
         return [DeadLettered(reason, detail)]
 
-    def _free_first(self, deliveries: list[Delivery], letters: list[Letter], free: set[str]) -> list[Outcome]:
-        """Decide what can be decided, then the locked accounts. Order within each account is kept."""
-        places: tuple[list[int], list[int]] = ([], [])
-        for place, delivery in enumerate(deliveries):
-            places[delivery.event.user_id not in free].append(place)
+    def _locked_last(self, deliveries: list[Delivery], letters: list[Letter], places: list[int]) -> list[Outcome]:
+        """Decide what can be decided, then those at `places`, whose accounts are locked, unless they are set aside.
+        Order within each account is kept.
+        """
+        late = set(places)
+        early = [place for place in range(len(deliveries)) if place not in late]
         outcomes: dict[int, Outcome] = {}
-        for part, kept in zip(places, (letters, []), strict=True):
-            decided = self.settle([deliveries[place] for place in part], list(kept))
-            outcomes.update(zip(part, decided, strict=True))
+        if early or letters:
+            outcomes.update(zip(early, self.settle([deliveries[place] for place in early], letters), strict=True))
+        last = [deliveries[place] for place in places]
+        if self._set_aside:
+            outcomes.update((place, Locked(deliveries[place].event.user_id)) for place in places)
+        else:
+            outcomes.update(zip(places, self.settle(last, []), strict=True))
         return [outcomes[place] for place in range(len(deliveries))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -11,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from zlib import crc32
 
 from psycopg import Connection, Cursor
+from psycopg.errors import LockNotAvailable
 
 from .outcomes import Applied, Decision, Delivery, Rejected
 from .rules import Reason
@@ -76,6 +78,24 @@ def unlocked(connection: Connection[Any], users: Sequence[str]) -> set[str]:
     """Those of the accounts whose lock could be had at once; it is not kept."""
     rows = connection.execute(
         "SELECT user_id FROM account WHERE user_id = ANY(%s) FOR UPDATE SKIP LOCKED", (_array_of_texts(users),)
+    )
+    return {row[0] for row in rows}
+
+
+def unlocked_within(connection: Connection[Any], user_id: str, seconds: float) -> bool:
+    """Whether the account's lock could be had by waiting for it in the queue; it is not kept."""
+    with suppress(LockNotAvailable), connection.transaction():
+        connection.execute("SELECT set_config('lock_timeout', %s, true)", (f"{round(seconds * 1000)}ms",))
+        rows = connection.execute("SELECT FROM account WHERE user_id = %s FOR UPDATE", (user_id,))
+        return rows.rowcount == 1
+    return False
+
+
+def missing(connection: Connection[Any], users: Sequence[str]) -> set[str]:
+    """Those of the accounts that nobody has opened yet."""
+    rows = connection.execute(
+        "SELECT u FROM unnest(%s::text[]) AS u WHERE NOT EXISTS (SELECT FROM account WHERE user_id = u)",
+        (_array_of_texts(users),),
     )
     return {row[0] for row in rows}
 

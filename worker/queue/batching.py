@@ -23,12 +23,12 @@ from celery.worker import state
 
 from worker.config import Settings, settings
 from worker.ledger.errors import Interrupted, SuspiciousBatch
-from worker.ledger.outcomes import Applied, Delivery, Outcome, Undecided
+from worker.ledger.outcomes import Applied, Delivery, Locked, Outcome, Undecided
 from worker.ledger.settle import Ledger
 from worker.ledger.store import stripe_of
 
 from .intake import Intake, Item
-from .patience import LOOK_EVERY, Patience
+from .patience import LOOK_EVERY, Patience, WaitingRoom
 
 log = structlog.get_logger(__name__)
 
@@ -44,12 +44,16 @@ LEAST_PREFETCH: Final = 1000
 #: Seconds between two looks at patience after which this process must have been frozen, or without a connection.
 ABSENT: Final = 4 * LOOK_EVERY
 
+#: Seconds between two looks at whether accounts are still locked. Less than patience: of an account's events, in
+#: several workers' hands, no burn is to be refused for good before its accrual is tried again.
+LOOK_AT_LOCKED: Final = 4 * LOOK_EVERY
+
 #: How often a message was given back by dead workers before it is applied alone.
 SUSPECT: Final = 2
 
 
 class Part:
-    """What of one message goes into one batch: all of it, or one burn that waited."""
+    """What of one message goes into one batch: all of it, or one event that waited."""
 
     __slots__ = ("deadline", "deliveries", "item", "places")
 
@@ -66,7 +70,7 @@ class Part:
 
     @property
     def user_id(self) -> str:
-        """Whose balance the one burn needs."""
+        """Whose account the one event waits for."""
         return self.deliveries[0].event.user_id
 
     def finally_(self) -> None:
@@ -90,7 +94,12 @@ class Batcher:
         self._queue: deque[Part] = deque()
         self._queued = 0  # events
         self._patience: Patience[Part] = Patience(settings.burn_patience)
+        self._locked: WaitingRoom[Part] = WaitingRoom()
+        self._unlocked: set[str] = set()  # as the ledger's thread found it with the batch that is running
+        self._said_locked = False
         self._ticked = monotonic()
+        self._look = False  # at what waiting burns' accounts hold, with the next batch
+        self._locked_due = 0.0  # when to look at what is locked
         self._finished: deque[tuple[Item, float]] = deque()  # with the seconds it took
         self._bytes = 0
         self._degraded: str | None = None
@@ -170,20 +179,26 @@ class Batcher:
             part.finally_()
             self._unread.append(part)  # behind all that was fetched by now
         self._read()
-        if self._running is None:
-            self._begin_batch(look=True)
+        self._say_what_is_locked()
+        self._look = True
+        self._begin_batch()
 
-    def _begin_batch(self, *, look: bool = False) -> None:
+    def _begin_batch(self) -> None:
+        """Have the ledger decide what is next, and look what became of that which waits, if it is time for that."""
         if self._running is not None or self._suspended or self._stop.is_set():
             return
-        waiting = self._patience.take_all() if look else []
+        waiting = self._patience.take_all() if self._look else []
+        locked = sorted(self._locked.users) if monotonic() >= self._locked_due else []
         self._batch = self._next_parts()
-        if not self._batch and not waiting:
+        if not self._batch and not waiting and not locked:
             return
+        self._look = False
         self._began = monotonic()
+        if locked:
+            self._locked_due = self._began + LOOK_AT_LOCKED
         batch = self._batch
         self._batch = batch + waiting
-        self._running = self._thread.submit(self._settle, batch, waiting)
+        self._running = self._thread.submit(self._settle, batch, waiting, locked)
         self._running.add_done_callback(lambda _: self._ring())
 
     def _next_parts(self) -> list[Part]:
@@ -193,12 +208,16 @@ class Batcher:
         while self._queue:
             part = self._queue[0]
             suspect = part.item.restores >= SUSPECT
+            full = events + part.events > self._settings.batch_size or size + part.item.size > BATCH_BYTES
+            if parts and (suspect or full):
+                break
+            self._queue.popleft()
+            self._queued -= part.events
+            if self._locked and not self._hold_locked(part):
+                continue
             events += part.events
             size += part.item.size
-            if parts and (suspect or events > self._settings.batch_size or size > BATCH_BYTES):
-                break
-            parts.append(self._queue.popleft())
-            self._queued -= part.events
+            parts.append(part)
             if suspect:
                 if not part.item.alone:
                     self._tell()  # whom it kills with it must not be those that are decided
@@ -223,18 +242,21 @@ class Batcher:
             self._settled(part, outcomes, accrued)
         for user_id in accrued:
             self._requeue(self._patience.take(user_id))
+        for user_id in self._unlocked:
+            self._requeue(self._locked.take(user_id))
 
     def _settled(self, part: Part, outcomes: Any, accrued: list[str]) -> None:
         item = part.item
         for delivery, place in zip(part.deliveries, part.places, strict=True):
             outcome = next(outcomes)
+            if isinstance(outcome, Locked):
+                self._hold(item, delivery, place)
+                continue
             if outcome is None or isinstance(outcome, Undecided):
                 burn = Part(item, [delivery], [place])
                 burn.deadline = part.deadline
                 self._patience.add(burn)
                 self._set_aside(item)
-                if item.alone:
-                    self._intake.try_alone(item, -item.alone)  # survived: what it waits for may be behind the culprit
                 continue
             item.work.outcomes[place] = outcome
             if isinstance(outcome, Applied) and not outcome.repeated and delivery.event.type == "accrual":
@@ -249,10 +271,47 @@ class Batcher:
         while self._finished:
             self._intake.finish(*self._finished.popleft())
 
+    def _hold_locked(self, part: Part) -> bool:
+        """Set aside what of a part concerns accounts that are known to be locked; whether anything is left of it."""
+        kept: list[tuple[Delivery, int]] = []
+        for delivery, place in zip(part.deliveries, part.places, strict=True):
+            if delivery.event.user_id in self._locked.users:
+                self._hold(part.item, delivery, place)
+            else:
+                kept.append((delivery, place))
+        part.deliveries = [delivery for delivery, _ in kept]
+        part.places = [place for _, place in kept]
+        return part.events > 0
+
+    def _hold(self, item: Item, delivery: Delivery, place: int) -> None:
+        """Let an event wait for its account to be unlocked. Patience, if any was spent, begins anew after that: until
+        then no accrual could come.
+        """
+        final = delivery.final and self._settings.burn_patience == 0
+        self._locked.add(Part(item, [delivery._replace(final=final)], [place]))
+        self._set_aside(item)
+
     def _set_aside(self, item: Item) -> None:
-        """A waiting burn does not count against prefetch: a thousand of them must not keep their accruals out."""
+        """What waits does not count against prefetch: a thousand burns must not keep their accruals out."""
         if set_aside := getattr(item.message.channel.qos, "set_aside", None):
             set_aside(item.message.delivery_tag)
+        if item.alone:
+            self._intake.try_alone(item, -item.alone)  # survived: what it waits for may be behind the culprit
+
+    def _say_what_is_locked(self) -> None:
+        """Once when it begins and once when it is over, however often anything is tried meanwhile."""
+        if self._said_locked == bool(self._locked):
+            return
+        self._said_locked = bool(self._locked)
+        if self._said_locked:
+            log.warning(
+                "accounts locked by another session, their events wait and all others go on",
+                accounts=len(self._locked.users),
+                events=len(self._locked),
+                user_id=next(iter(self._locked.users)),
+            )
+        else:
+            log.info("no account is locked by another session any more")
 
     def _suspend(self, batch: list[Part], suspicion: SuspiciousBatch) -> None:
         self._suspended = True
@@ -264,7 +323,7 @@ class Batcher:
     def _mind_intake(self) -> None:
         """Fetch no more than can be decided: nothing while the database is away, or while enough is in hand."""
         away = bool(self._degraded) or self._suspended
-        enough = bool(self._unread) or self._patience.full or self._bytes > MOST_BYTES
+        enough = bool(self._unread) or self._patience.full or self._locked.full or self._bytes > MOST_BYTES
         paused = "at once" if away else "soon" if enough else ""
         if paused != self._paused and hasattr(self._channel, "pause"):
             self._paused = paused
@@ -297,7 +356,8 @@ class Batcher:
         """Put all that is undecided back where it came from, in its old order; it does not count as a death."""
         overdue = [part for part in self._unread if isinstance(part, Part)]
         unread = [message for message in self._unread if not isinstance(message, Part)]
-        items = {id(part.item): part.item for part in [*self._queue, *overdue, *self._patience.take_all()]}
+        waiting = [*self._patience.take_all(), *self._locked.take_all()]
+        items = {id(part.item): part.item for part in [*self._queue, *overdue, *waiting]}
         ordered = sorted(items.values(), key=lambda item: item.number)
         self._queue.clear()
         self._unread.clear()
@@ -309,14 +369,20 @@ class Batcher:
 
     # In the ledger's thread
 
-    def _settle(self, batch: list[Part], waiting: list[Part]) -> list[Outcome | None]:
-        """The outcomes of all deliveries of `batch`, then of those that waited; None for what must wait on."""
+    def _settle(self, batch: list[Part], waiting: list[Part], locked: list[str]) -> list[Outcome | None]:
+        """The outcomes of all deliveries of `batch`, then of the burns that waited; None for what must wait on.
+
+        Notes which of the accounts that were locked are so no longer.
+        """
+        self._unlocked = self._ledger.unlocked(locked) if locked else set()
         deliveries = [delivery for part in batch for delivery in part.deliveries]
         letters = [letter for part in batch for letter in part.item.work.letters]
         burns = [part.deliveries[0] for part in waiting]
         covered = self._ledger.covered(burns) if burns else []
         ripe = [burn for burn, is_covered in zip(burns, covered, strict=True) if is_covered]
-        outcomes = self._ledger.settle([*deliveries, *ripe], letters) if deliveries or letters or ripe else []
+        outcomes: list[Outcome] = []
+        if deliveries or letters or ripe:
+            outcomes = self._ledger.settle([*deliveries, *ripe], letters, set_aside=True)
         late = iter(outcomes[len(deliveries) :])
         return [*outcomes[: len(deliveries)], *(next(late) if is_covered else None for is_covered in covered)]
 

@@ -177,6 +177,9 @@ class QoS(stock.QoS):
             return
         self._delivered.restored = True
         held = self.held()
+        for tag, times in self._alone.items():  # whatever becomes of the message, this process did not die of it
+            self.channel.owed.forgive(self._fingerprints[tag], times)
+        self._alone.clear()
         try:
             if held and self.restore_at_shutdown and self.channel.do_restore:
                 self.channel.settle()
@@ -184,8 +187,6 @@ class QoS(stock.QoS):
                 logger.info("Put %d unacknowledged messages back.", len(held))
         except Exception as error:  # noqa: BLE001 - a worker must not die of a broker that is away
             self.channel.owed.give_back(self.held())
-            for tag, times in self._alone.items():
-                self.channel.owed.forgive(self._fingerprints[tag], times)
             logger.warning(
                 "Could not put %d unacknowledged messages back (%r): they go with the next connection, else in %s s.",
                 len(held),
