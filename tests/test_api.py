@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import threading
 import time
 from decimal import Decimal
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import httpx2
 import psycopg
@@ -31,7 +32,9 @@ from worker import db
 from worker.config import Settings
 from worker.ledger.apply import apply_batch
 from worker.ledger.outcomes import Applied, Delivery
-from worker.read.api import CannotListen, create_app, listen, serve
+from worker.listening import CannotListen, listen
+from worker.read import problems
+from worker.read.api import create_app, serve
 from worker.read.database import Database
 
 ROOT = Path(__file__).parent.parent
@@ -396,6 +399,7 @@ def test_api_starts_without_a_database_says_so_once_and_recovers_by_itself(datab
             assert_problem(client, answer, 503)
             assert int(answer.headers["retry-after"]) > 0
         assert [line["event"] for line in logs] == ["database_away"]
+        assert 'database "tokentrail_not_there_yet" does not exist' in logs[0]["reason"], "what the server said"
 
         with psycopg.connect(servers.database_url, autocommit=True) as connection:
             connection.execute("CREATE DATABASE tokentrail_not_there_yet")
@@ -484,6 +488,14 @@ serve(Settings(DATABASE_URL=SecretStr(sys.argv[1])), "127.0.0.1", int(sys.argv[2
 """
 
 
+def asked(port, query):
+    """Receipts, without a client that has an opinion on how long a query may be."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("GET", f"{problems.RECEIPTS}?{urlencode(query)}")
+        answer = connection.getresponse()
+        return answer.status, json.load(answer)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_serve_answers_until_told_to_stop_and_finishes_what_is_under_way(database_url, connection, stop):
     with socket.create_server(("127.0.0.1", 0)) as line:
@@ -504,6 +516,13 @@ def test_serve_answers_until_told_to_stop_and_finishes_what_is_under_way(databas
                         break
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
+
+            # As much as one may ask for at a time, and more: the first is answered, the second refused in a sentence.
+            keys = [("idempotencyKey", f"{number:03}" + "\U0001f4b0" * 197) for number in range(101)]
+            status, found = asked(port, [("userId", "u"), *keys[:100]])
+            assert (status, [each["status"] for each in found["receipts"]]) == (200, ["unknown"] * 100)
+            status, found = asked(port, [("userId", "u"), *keys])
+            assert (status, found["detail"][:34]) == (422, "idempotencyKey is given 101 times:")
 
             answers = []
             with connection.transaction():
@@ -541,5 +560,7 @@ def test_serve_says_in_one_sentence_that_the_port_is_taken(database_url):
         with pytest.raises(CannotListen, match=rf"^Cannot listen on port {port} of 127.0.0.1: .*another port.*\.$"):
             serve(settings, "127.0.0.1", port)
     for host in ("no.such.host.invalid", "192.0.2.1", "a" * 70):
-        with pytest.raises(CannotListen, match=r"^Cannot listen on port 1 of "):
+        with pytest.raises(
+            CannotListen, match=r"^Cannot listen on port 1 of .* Choose an address that this machine has"
+        ):
             serve(settings, host, 1)

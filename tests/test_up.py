@@ -16,6 +16,7 @@ import psutil
 import psycopg
 import pytest
 
+from worker.listening import CannotListen, listen
 from worker.processes import Child, Family
 from worker.read.supply import read_supply
 
@@ -184,6 +185,26 @@ def test_up_uses_the_servers_that_are_set_and_says_why_a_part_does_not_start(tok
     assert "PostgreSQL and Valkey" not in up.printed()
     assert "tokentrail: flower ended with code" in up.printed()
     assert "nonsense" in up.printed()
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+@pytest.mark.usefixtures("own_servers")
+def test_up_listens_where_it_is_told_to_and_tells_where_that_is(tokentrail, monkeypatch, host):
+    try:
+        listen("::1", 0).close()
+    except CannotListen as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    monkeypatch.setenv("TOKENTRAIL_API_HOST", host)
+    up = tokentrail("up")
+    up.wait_for("http://[::1]:")
+
+
+@pytest.mark.usefixtures("own_servers")
+def test_up_says_of_an_address_that_this_machine_does_not_have_just_that(tokentrail, monkeypatch):
+    monkeypatch.setenv("TOKENTRAIL_API_HOST", "192.0.2.1")
+    up = tokentrail("up")
+    assert up.wait() == 1
+    assert "of 192.0.2.1: Cannot assign requested address. Choose an address that this machine has" in up.printed()
 
 
 @pytest.mark.usefixtures("own_servers")

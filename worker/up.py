@@ -11,7 +11,6 @@ import fcntl
 import http.client
 import json
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.text import Text
 from worker.config import HOME, settings
 from worker.db import ROOT, deploy
 from worker.embedded import EmbeddedError, servers
+from worker.listening import CannotListen, listen
 from worker.processes import Child, Family
 from worker.show import console
 
@@ -71,13 +71,17 @@ def up(*, with_demo: bool) -> None:
     running.say("stopped; nothing is left running.")
 
 
+#: Where to find what listens on all addresses.
+_LOOPBACK_OF: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - only compared
+
+
 class _Address(NamedTuple):
     host: str
     port: int
 
     @property
     def url(self) -> str:
-        host = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104 - only compared
+        host = _LOOPBACK_OF.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def answers(self, path: str) -> bool:
@@ -269,8 +273,13 @@ def _free_port(host: str, first: int, taken: int | None = None) -> int:
     for port in range(first, min(first + 200, 65_536)):
         if port == taken:
             continue
-        with contextlib.suppress(OSError), socket.create_server((host, port)):
-            return port
+        try:
+            listen(host, port).close()
+        except CannotListen as error:
+            if not error.taken:
+                raise Failed(str(error)) from error
+            continue
+        return port
     raise Failed(f"No port from {first} to {first + 199} is free on {host}.")
 
 

@@ -19,7 +19,8 @@ def api(
     """Serve the transaction history over HTTP until SIGINT or SIGTERM."""
     # Imported here: no other command shall wait for a web framework.
     from worker import log  # noqa: PLC0415
-    from worker.read.api import CannotListen, serve  # noqa: PLC0415
+    from worker.listening import CannotListen  # noqa: PLC0415
+    from worker.read.api import serve  # noqa: PLC0415
 
     found = settings()
     log.set_up(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from psycopg import AsyncConnection, OperationalError
 from psycopg.errors import UndefinedTable
 
 from schema.answers import (
+    MAX_KEYS,
     MAX_WAIT,
     Answer,
     Health,
@@ -29,6 +29,7 @@ from schema.answers import (
 )
 from worker import db
 from worker.config import Settings
+from worker.listening import listen
 
 from . import problems
 from .database import Database, DatabaseAway
@@ -42,12 +43,12 @@ log = structlog.get_logger(__name__)
 #: Seconds the database may take to show that it is there: probes are asked often and are impatient.
 READY_WITHIN: Final = 2.0
 
+#: Bytes of a request's address and headers: a query for all the receipts one may ask for at a time, and each character
+#: of their keys four bytes, percent-encoded, and as much as uvicorn allows by itself for all else.
+LONGEST_HEAD: Final = MAX_KEYS * (200 * 12 + len("idempotencyKey=&")) + 16 * 1024
+
 #: Seconds that answers under way may take to finish when the process is told to stop: longer than a receipt's wait.
 GRACE: Final = MAX_WAIT + 5
-
-
-class CannotListen(Exception):
-    """The address is not to be had; the message says why and what to do."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -143,28 +144,11 @@ def serve(settings: Settings, host: str, port: int) -> None:
             server_header=False,
             lifespan="on",
             timeout_graceful_shutdown=GRACE,
+            http="h11",  # which is told here how long a request may be
+            h11_max_incomplete_event_size=LONGEST_HEAD,
         )
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn once it has shut down
             uvicorn.Server(config).run(sockets=[line])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket of our own, because uvicorn would log and exit where it cannot have one.
-
-    Raises CannotListen. It is TCP by name: asyncio switches delays off (TCP_NODELAY) only where it can tell, and
-    an answer would else wait 40 ms for the reader's acknowledgement.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        line = socket.create_server(address[:2], family=family, backlog=2048)
-        return socket.socket(family, kind, socket.IPPROTO_TCP, fileno=line.detach())
-    except (OSError, OverflowError, UnicodeError) as error:
-        # Python adds the address in brackets, which is said already.
-        reason = str(error.strerror).partition(" (while")[0] if isinstance(error, OSError) else error
-        raise CannotListen(
-            f"Cannot listen on port {port} of {host}: {reason}. Stop what listens there, or choose another port "
-            "(TOKENTRAIL_API_PORT)."
-        ) from None
 
 
 def _json(answer: Answer) -> Response:

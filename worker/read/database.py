@@ -7,12 +7,12 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import structlog
 from psycopg import AsyncConnection, InterfaceError, OperationalError
 from psycopg.errors import UndefinedColumn, UndefinedTable
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from worker.db import SchemaError
 
@@ -50,12 +50,29 @@ class DatabaseAway(Exception):
     """The database cannot be reached or does not answer. It is nobody's fault who asks: ask again later."""
 
 
+class _Connection(AsyncConnection[Any]):
+    """One that notes why it could not be had: the pool only says that it has none."""
+
+    refused = ""
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", **options: Any) -> Self:
+        try:
+            connection = await super().connect(conninfo, **options)
+        except Exception as error:
+            cls.refused = str(error)
+            raise
+        cls.refused = ""
+        return connection
+
+
 class Database:
     """The pool. Opening it never fails: while the database is away, reading does, and the pool keeps trying."""
 
     def __init__(self, url: str) -> None:
         self._pool = AsyncConnectionPool(
             url,
+            connection_class=_Connection,
             min_size=1,
             max_size=POOL_SIZE,
             open=False,
@@ -95,7 +112,8 @@ class Database:
                     answer = await ask(connection)
         except (OperationalError, InterfaceError) as error:
             if not self._away:  # once an outage, however many ask meanwhile
-                log.warning("database_away", reason=str(error), kind=type(error).__name__)
+                reason = _Connection.refused if isinstance(error, PoolTimeout) else ""
+                log.warning("database_away", reason=reason or str(error), kind=type(error).__name__)
             self._away = True
             raise DatabaseAway(
                 "The database cannot be reached or does not answer: try again in a few seconds."
