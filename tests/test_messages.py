@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -238,7 +239,8 @@ def test_up_leaves_a_newer_schema_as_it_is_and_refuses_a_strangers(database_url,
     }
     with psycopg.connect(database_url, autocommit=True) as connection, (tmp_path / "said").open("w+") as output:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
-        expect(ended("up", stdout=output, environment=given), 1, "is free on 192.0.2.1")
+        said = ended("up", stdout=output, environment=given)
+        expect(said, 1, "of 192.0.2.1: Cannot assign requested address. Choose an address that this machine has.")
         output.seek(0)
         assert "up | Left as it is: The schema is at 9999, newer than this code (0002); deploy" in output.read()
         connection.execute("ALTER TABLE transaction_record RENAME TO hidden")
@@ -615,3 +617,15 @@ def test_python_without_venv(clone, requires_program):
     code, said = make(clone, "run", PYTHON=str(bare))
     assert code == 2
     assert f"{bare} comes without venv: install it (Debian: apt-get install python3-venv), or name another" in said
+
+
+def test_machine_that_has_no_more_to_give(tmp_path, monkeypatch):
+    """Its first child cannot be started; a later one that cannot is tried again."""
+    for name in ("DATABASE_URL", "BROKER_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def few_files():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
+
+    said = ended("up", preexec_fn=few_files, environment={"TOKENTRAIL_HOME": str(tmp_path / "home")})
+    assert said == (1, "tokentrail: The machine gives us no more open files: raise the limit (ulimit -n).\n")

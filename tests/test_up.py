@@ -200,14 +200,6 @@ def test_up_listens_where_it_is_told_to_and_tells_where_that_is(tokentrail, monk
 
 
 @pytest.mark.usefixtures("own_servers")
-def test_up_says_of_an_address_that_this_machine_does_not_have_just_that(tokentrail, monkeypatch):
-    monkeypatch.setenv("TOKENTRAIL_API_HOST", "192.0.2.1")
-    up = tokentrail("up")
-    assert up.wait() == 1
-    assert "of 192.0.2.1: Cannot assign requested address. Choose an address that this machine has" in up.printed()
-
-
-@pytest.mark.usefixtures("own_servers")
 def test_flowers_api_stays_closed_where_the_servers_are_not_ups_own(tokentrail):
     def flowers():
         return [each for each in up.family() if "--logging=error" in each.cmdline()]

@@ -37,6 +37,14 @@ _OF_THE_FILES: Final = {
     errno.ENOENT: "choose a place that is there",
 }
 
+#: What the machine, or our share of it, has no more of.
+_OF_THE_MACHINE: Final = {
+    errno.EMFILE: "open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "open files: stop something else that runs here",
+    errno.EAGAIN: "processes: raise the limit (ulimit -u), or stop something else that runs here",
+    errno.ENOMEM: "memory: stop something else that runs here, or give it more",
+}
+
 #: Beginnings of SQLSTATEs, and what helps.
 _OF_POSTGRESQL: Final = {
     "53100": "free some space on its disk",
@@ -70,12 +78,14 @@ def _failure(error: Exception) -> str | None:
         return f"Redis said no ({said(error)}): check that BROKER_URL names the right one."
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
         return ""
-    if isinstance(error, OSError) and (advice := _OF_THE_FILES.get(error.errno or 0)):
-        return _of_the_files(error, advice)
-    return None
+    return _of_the_machine(error) if isinstance(error, OSError) else None
 
 
-def _of_the_files(error: OSError, advice: str) -> str:
+def _of_the_machine(error: OSError) -> str | None:
+    if scarce := _OF_THE_MACHINE.get(error.errno or 0):
+        return f"The machine gives us no more {scarce}."
+    if (advice := _OF_THE_FILES.get(error.errno or 0)) is None:
+        return None
     if error.filename is None:
         return f"Cannot write ({os.strerror(error.errno or 0)}): {advice}."
     path = Path(os.fsdecode(error.filename))
