@@ -34,9 +34,9 @@ from schema.publisher import Publisher
 from worker import settings_page
 from worker.cli import app as cli
 from worker.cli.examples import EXAMPLES, EXIT_CODES
-from worker.config import settings
+from worker.config import Settings, settings
 from worker.embedded import binaries
-from worker.ledger.outcomes import Origin
+from worker.ledger.outcomes import Delivery, Origin
 from worker.ledger.settle import Ledger
 from worker.queue.tasks import APPLY_MANY, read_work
 
@@ -366,6 +366,43 @@ def test_what_the_concepts_say_becomes_of_their_examples_becomes_of_them(system)
 
 def page(name):
     return (ROOT / "docs" / name).read_text()
+
+
+def test_noted_heads_name_the_accounts_whose_chain_was_rewritten_to_its_end(database_url):
+    """By its owner, and no other account."""
+    compared = re.search(r"^SELECT n\.\*, .*?;$", page("concepts.md"), re.DOTALL | re.MULTILINE).group()
+    noted = re.search(r"COPY \((.*?)\) TO STDOUT", page("concepts.md"), re.DOTALL).group(1)
+    ledger = Ledger(Settings(DATABASE_URL=database_url), stripe=1)
+
+    def decide(events):
+        ledger.settle([Delivery.of(event) for event in events])
+
+    def events(key):
+        for user in ("ann", "bob", "cid"):
+            yield Accrual(user_id=user, amount=5, idempotency_key=f"{key}-accrual", source="s")
+            yield Burn(user_id=user, amount=9_999, idempotency_key=f"{key}-burn", action="a")
+
+    with psycopg.connect(database_url, autocommit=True) as owner:
+        decide([*events("1"), *events("2")])
+        owner.execute(f"CREATE TEMPORARY TABLE noted AS {noted}")
+        decide(events("3"))
+        assert owner.execute(compared).fetchall() == [], "accounts move on, and their pasts do not"
+
+        owner.execute("SET session_replication_role = replica")
+        owner.execute("DELETE FROM transaction_record WHERE user_id = 'ann' AND sequence > 1")
+        owner.execute("DELETE FROM accrual_record WHERE user_id = 'ann' AND sequence > 1")
+        owner.execute("DELETE FROM rejected_event WHERE user_id = 'cid' AND number > 1")
+        owner.execute(
+            "UPDATE account a SET sequence = 1, balance = t.balance_after, head_hash = t.hash FROM transaction_record t"
+            " WHERE a.user_id = 'ann' AND t.user_id = 'ann'"
+        )
+        owner.execute(
+            "UPDATE account a SET rejections = 1, rejection_head = r.hash FROM rejected_event r"
+            " WHERE a.user_id = 'cid' AND r.user_id = 'cid'"
+        )
+        decide(Accrual(user_id="ann", amount=1, idempotency_key=f"another-{n}", source="s") for n in range(9))
+        assert sorted(row[0] for row in owner.execute(compared)) == ["ann", "cid"]
+    ledger.close()
 
 
 def test_configuration_page_is_current():
