@@ -269,6 +269,23 @@ def test_no_patience_passes_while_the_account_is_locked(stage):
     assert stage.count("rejected_event") == 0
 
 
+def test_what_waits_for_a_locked_account_waits_once_however_often_it_is_delivered(stage):
+    """A lost connection puts it back; what is left of it in the worker must not fill the room of what comes again."""
+    stage.start()
+    with account_locked(stage, "ann"):
+        stage.publisher.publish_all(accrual("ann", 1, f"a{n}") for n in range(5_500))
+        eventually(lambda: LOCKED in stage.log() and stage.redis.hlen("unacked") == 5_500)
+        stage.redis.client_kill_filter(_type="normal", skipme=True)
+        eventually(lambda: "Connection to broker lost" in stage.log())
+        eventually(lambda: stage.redis.hlen("unacked") == 5_500 and stage.redis.llen("tokens") == 0, 30)
+        with closing(Publisher(stage.broker_url)) as publisher:
+            publisher.publish(accrual("bob", 1, "b"))
+        eventually(lambda: stage.balance("bob") == 1)
+    eventually(lambda: stage.balance("ann") == 5_500, 30)
+    eventually(lambda: stage.in_redis() == 0)
+    assert stage.broken() == []
+
+
 def test_a_stopped_worker_puts_back_in_order_what_waits_for_a_locked_account(stage):
     worker = stage.start(lock_timeout=0.2)
     with account_locked(stage, "ann"):

@@ -523,6 +523,54 @@ def test_an_account_that_was_locked_while_it_was_opened_is_free_when_that_failed
     assert told(ledger.settle(batch, set_aside=True)) == ["applied #1: 0 → 1"]
 
 
+def test_of_new_accounts_only_the_one_that_somebody_is_stuck_opening_is_locked(watched, owner, url):
+    ledger = watched(lock_timeout=0.1)
+    batch = sent(*(accrual(f"user-{n:02}", 1, "a") for n in range(20)))
+    with psycopg.connect(url) as stranger:
+        stranger.execute("INSERT INTO account (user_id) VALUES ('user-07')")
+        outcomes = ledger.settle(batch, set_aside=True)
+        assert outcomes.pop(7) == Locked("user-07")
+        assert told(outcomes) == ["applied #1: 0 → 1"] * 19
+        assert ledger.unlocked(["user-07", "user-20"]) == {"user-20"}
+        stranger.rollback()
+    assert ledger.unlocked(["user-07"]) == {"user-07"}
+
+
+def test_a_batch_that_is_cut_decides_no_event_before_an_earlier_one_of_its_account(watched, owner, url, monkeypatch):
+    """The account is locked when it is the first half's turn, and free again when it is the second's."""
+    owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
+    ledger = watched(lock_timeout=0.2)
+    batch = sent(accrual("ann", 5, "k1"), accrual("bob", 1, "k2"), burn("ann", 2, "k3"), accrual("eve", 1, "culprit"))
+    attempt = ledger.attempt
+    with psycopg.connect(url) as stranger, raising("22023", "NEW.idempotency_key = 'culprit'")(owner):
+
+        def attempt_meanwhile(deliveries, letters):
+            keys = {delivery.event.idempotency_key for delivery in deliveries}
+            if keys == {"k1", "k2"}:
+                stranger.execute("SELECT FROM account WHERE user_id = 'ann' FOR UPDATE")
+            elif not keys & {"k1", "k2"}:
+                stranger.rollback()
+            return attempt(deliveries, letters)
+
+        monkeypatch.setattr(ledger, "attempt", attempt_meanwhile)
+        outcomes = ledger.settle(batch, set_aside=True)
+    assert outcomes[0] == outcomes[2] == Locked("ann")
+    assert told([outcomes[1]]) == ["applied #1: 0 → 1"]
+    assert isinstance(outcomes[3], DeadLettered)
+
+
+def test_a_look_at_what_is_locked_replaces_a_session_that_is_no_good(watched, owner):
+    """As one of a primary that has become a standby. In a quiet worker nothing else would find out."""
+    owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
+    ledger = watched()
+    ledger.settle(sent(*events(2)))
+    ledger.connection().execute("SET default_transaction_read_only = on")
+    assert ledger.unlocked(["ann"]) == set()
+    assert ledger.next_report().endswith("[25006]")
+    assert ledger.unlocked(["ann"]) == {"ann"}
+    assert ledger.said[1:] == [None]
+
+
 def test_a_busy_account_is_stood_in_line_for(watched, owner, background, monkeypatch):
     """Nobody who only looks ever sees it without a lock: there is always somebody else's turn."""
     monkeypatch.setattr(settle, "IN_LINE", PATIENCE)

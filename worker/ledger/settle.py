@@ -6,10 +6,10 @@ not, however long it lasts. So an answer is always about the event, and never ab
 
 from __future__ import annotations
 
-import contextlib
 import random
 import threading
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 import psycopg
@@ -66,6 +66,7 @@ class Ledger:
         self._connection: psycopg.Connection[Any] | None = None
         self._batches = 0  # of this connection
         self._trouble: str | None = None
+        self._blind = False  # the last look at what accounts hold failed
 
     def settle(
         self, deliveries: Sequence[Delivery], letters: Sequence[Letter] = (), *, set_aside: bool = False
@@ -111,38 +112,46 @@ class Ledger:
         decided. No locks, no promise; all False while nobody can know.
         """
         try:
-            return store.covered(self.connection(), burns)
-        except psycopg.Error:
+            found = store.covered(self.connection(), burns)
+        except psycopg.Error as error:
+            self._say(error)
+            self._blind = True
             return [False] * len(burns)
+        if self._blind:  # else the trouble may be one that does not keep anybody from reading
+            self._blind = False
+            self._recovered()
+        return found
 
     def locked(self, deliveries: Sequence[Delivery]) -> set[str]:
         """Those of the deliveries' accounts that somebody holds right now; none while nobody can know."""
         users = sorted({delivery.event.user_id for delivery in deliveries})
         try:
-            self._end_frozen()
-            # An account that is yet to be opened is free too, unless whoever is opening it is the one who is stuck.
-            with contextlib.suppress(psycopg.errors.LockNotAvailable), self.connection().cursor() as cursor:
-                store.open_accounts(cursor, users)
-            return set(users) - store.unlocked(self.connection(), users)
+            return set(users) - self._free(users)
         except psycopg.Error:
             return set()  # the next try meets the same trouble and names it
 
     def unlocked(self, users: Sequence[str]) -> set[str]:
-        """Those of the accounts that were found Locked and can be had now; none while nobody can know.
+        """Those of the accounts that were found Locked and could be had just now; none while nobody can know.
 
         A busy account is never without a lock, only in ever other hands. So one of them all, another each time, is
         stood in line for.
         """
         try:
-            self._end_frozen()
-            # Whoever was opening an account when it was found locked may have given up: then there is none to unlock.
-            free = store.unlocked(self.connection(), users) | store.missing(self.connection(), users)
+            free = self._free(sorted(users))
             rest = [user_id for user_id in users if user_id not in free]
             if rest and store.unlocked_within(self.connection(), chosen := random.choice(rest), IN_LINE):  # noqa: S311
                 free.add(chosen)
-        except psycopg.Error:
+        except psycopg.Error as error:
+            self._say(error)
             return set()
+        self._recovered()
         return free
+
+    def _free(self, users: Sequence[str]) -> set[str]:
+        """Those of the accounts, in their order, that nobody holds; they are opened, so that there is one to hold."""
+        self._end_frozen()
+        store.open_accounts_within(self.connection(), users, IN_LINE)
+        return store.unlocked(self.connection(), users)
 
     def _end_frozen(self) -> None:
         """End whoever holds locks in a session that PostgreSQL does not end."""
@@ -151,6 +160,12 @@ class Ledger:
 
     def not_now(self, error: psycopg.Error, pause: float) -> None:
         """Wait before the next try. Says so once, however many tries it takes."""
+        trouble = self._say(error)
+        if self._stop.wait(random.uniform(pause / 2, pause)):  # noqa: S311 - jitter
+            raise Interrupted(f"stopped while waiting: {trouble}")
+
+    def _say(self, error: psycopg.Error) -> str:
+        """What the trouble is, said once. The session that met it is not used again, unless it is as good as before."""
         if error.sqlstate is None or not error.sqlstate.startswith(_OF_THE_MOMENT):
             self.close()
         trouble = _sentence(error)
@@ -159,8 +174,7 @@ class Ledger:
         if self._trouble != trouble:
             self._trouble = trouble
             self._degraded(trouble)
-        if self._stop.wait(random.uniform(pause / 2, pause)):  # noqa: S311 - jitter
-            raise Interrupted(f"stopped while waiting: {trouble}")
+        return trouble
 
     def _recovered(self) -> None:
         if self._trouble is not None:
@@ -175,6 +189,7 @@ class _Settlement:
     def __init__(self, ledger: Ledger, set_aside: bool) -> None:
         self._ledger = ledger
         self._set_aside = set_aside
+        self._locked: set[str] = set()  # accounts whose events are set aside
         self._culprits: list[Letter] = []
 
     def run(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
@@ -186,6 +201,9 @@ class _Settlement:
 
     def settle(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
         """Decide the deliveries in their order, cutting the batch in halves until each part goes through."""
+        # Also where they come free meanwhile: of an account's events none is decided before an earlier one.
+        if places := _of_users(deliveries, self._locked):
+            return self._locked_last(deliveries, letters, places)
         pause = FIRST_PAUSE
         while True:
             try:
@@ -200,7 +218,7 @@ class _Settlement:
                 if caused_by_event(error.sqlstate) or (error.sqlstate is None and isinstance(error, _CLIENT_SIDE)):
                     return self._halve(deliveries, letters, error)
                 locked = self._ledger.locked(deliveries) if error.sqlstate == LOCK_NOT_AVAILABLE else set()
-                places = [place for place, delivery in enumerate(deliveries) if delivery.event.user_id in locked]
+                places = _of_users(deliveries, locked)
                 if places and (self._set_aside or len(places) < len(deliveries)):
                     return self._locked_last(deliveries, letters, places)
                 self._ledger.not_now(error, pause)
@@ -244,17 +262,24 @@ class _Settlement:
         """Decide what can be decided, then those at `places`, whose accounts are locked, unless they are set aside.
         Order within each account is kept.
         """
+        if self._set_aside:
+            self._locked.update(deliveries[place].event.user_id for place in places)
         late = set(places)
         early = [place for place in range(len(deliveries)) if place not in late]
         outcomes: dict[int, Outcome] = {}
         if early or letters:
             outcomes.update(zip(early, self.settle([deliveries[place] for place in early], letters), strict=True))
-        last = [deliveries[place] for place in places]
         if self._set_aside:
             outcomes.update((place, Locked(deliveries[place].event.user_id)) for place in places)
         else:
-            outcomes.update(zip(places, self.settle(last, []), strict=True))
+            last = self.settle([deliveries[place] for place in places], [])
+            outcomes.update(zip(places, last, strict=True))
         return [outcomes[place] for place in range(len(deliveries))]
+
+
+def _of_users(deliveries: Sequence[Delivery], users: AbstractSet[str]) -> list[int]:
+    """The places of the deliveries that concern these accounts."""
+    return [place for place, delivery in enumerate(deliveries) if delivery.event.user_id in users] if users else []
 
 
 #: What psycopg itself refuses to send, without asking the server.

@@ -1,4 +1,7 @@
-"""The SQL of a batch: each function is one statement (recording: one a table), whatever the batch's size."""
+"""The SQL of a batch: each function is one statement (recording: one a table), whatever the batch's size.
+
+`…_within` are transactions of their own, for what a batch could not have.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ from psycopg.errors import LockNotAvailable
 
 from .outcomes import Applied, Decision, Delivery, Rejected
 from .rules import Reason
+
+#: Tries to open accounts that may have to be waited for: two that are stuck are found among 500 new ones.
+MOST_IN_VAIN: Final = 20
 
 
 @dataclass(slots=True)
@@ -60,6 +66,31 @@ def open_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
     )
 
 
+def open_accounts_within(connection: Connection[Any], users: Sequence[str], seconds: float) -> None:
+    """Make sure that each account exists, but for those that somebody has been opening for longer than `seconds`.
+
+    Ends in bounded time, before all is tried, when there are many of these or the whole table is locked.
+    """
+    rows = connection.execute(
+        "SELECT u FROM unnest(%s::text[]) WITH ORDINALITY AS x (u, place)"
+        " WHERE NOT EXISTS (SELECT FROM account WHERE user_id = u) ORDER BY place",
+        (_array_of_texts(users),),
+    )
+    parts = [[row[0] for row in rows]]
+    in_vain = 0
+    while parts and in_vain < MOST_IN_VAIN:
+        if not (part := parts.pop()):
+            continue
+        try:
+            with connection.transaction(), connection.cursor() as cursor:
+                _wait_at_most(cursor, seconds)
+                open_accounts(cursor, part)
+        except LockNotAvailable:
+            in_vain += 1
+            if len(part) > 1:
+                parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+
+
 def lock_accounts(cursor: Cursor[Any], users: Sequence[str]) -> dict[str, Account]:
     """Those of the accounts that exist, locked in order of user_id until the transaction ends.
 
@@ -84,20 +115,14 @@ def unlocked(connection: Connection[Any], users: Sequence[str]) -> set[str]:
 
 def unlocked_within(connection: Connection[Any], user_id: str, seconds: float) -> bool:
     """Whether the account's lock could be had by waiting for it in the queue; it is not kept."""
-    with suppress(LockNotAvailable), connection.transaction():
-        connection.execute("SELECT set_config('lock_timeout', %s, true)", (f"{round(seconds * 1000)}ms",))
-        rows = connection.execute("SELECT FROM account WHERE user_id = %s FOR UPDATE", (user_id,))
-        return rows.rowcount == 1
+    with suppress(LockNotAvailable), connection.transaction(), connection.cursor() as cursor:
+        _wait_at_most(cursor, seconds)
+        return cursor.execute("SELECT FROM account WHERE user_id = %s FOR UPDATE", (user_id,)).rowcount == 1
     return False
 
 
-def missing(connection: Connection[Any], users: Sequence[str]) -> set[str]:
-    """Those of the accounts that nobody has opened yet."""
-    rows = connection.execute(
-        "SELECT u FROM unnest(%s::text[]) AS u WHERE NOT EXISTS (SELECT FROM account WHERE user_id = u)",
-        (_array_of_texts(users),),
-    )
-    return {row[0] for row in rows}
+def _wait_at_most(cursor: Cursor[Any], seconds: float) -> None:
+    cursor.execute("SELECT set_config('lock_timeout', %s, true)", (f"{round(seconds * 1000)}ms",))
 
 
 def end_frozen(connection: Connection[Any], after: float) -> list[int]:

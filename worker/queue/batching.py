@@ -14,8 +14,9 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from math import inf
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 from celery import bootsteps
@@ -44,9 +45,9 @@ LEAST_PREFETCH: Final = 1000
 #: Seconds between two looks at patience after which this process must have been frozen, or without a connection.
 ABSENT: Final = 4 * LOOK_EVERY
 
-#: Seconds between two looks at whether accounts are still locked. Less than patience: of an account's events, in
-#: several workers' hands, no burn is to be refused for good before its accrual is tried again.
-LOOK_AT_LOCKED: Final = 4 * LOOK_EVERY
+#: Seconds between two looks at whether accounts are still locked, and, while batches follow each other without a pause,
+#: between two looks at what waiting burns' accounts hold: one look at ten thousand of them takes a tenth of a second.
+LOOK_SELDOM: Final = 4 * LOOK_EVERY
 
 #: How often a message was given back by dead workers before it is applied alone.
 SUSPECT: Final = 2
@@ -55,13 +56,14 @@ SUSPECT: Final = 2
 class Part:
     """What of one message goes into one batch: all of it, or one event that waited."""
 
-    __slots__ = ("deadline", "deliveries", "item", "places")
+    __slots__ = ("deadline", "deliveries", "grace", "item", "places")
 
     def __init__(self, item: Item, deliveries: list[Delivery], places: list[int]) -> None:
         self.item = item
         self.deliveries = deliveries
         self.places = places
         self.deadline: float | None = None
+        self.grace = 0.0
 
     @property
     def events(self) -> int:
@@ -78,6 +80,14 @@ class Part:
         self.deliveries = [delivery._replace(final=True) for delivery in self.deliveries]
 
 
+class Settled(NamedTuple):
+    """What the ledger's thread brings back."""
+
+    outcomes: list[Outcome]
+    covered: list[Part]  # burns that waited, and for which there is an answer now
+    unlocked: set[str]  # accounts that were locked
+
+
 class Batcher:
     """What one worker process has in hand. Methods run in the event loop's thread unless they say otherwise."""
 
@@ -87,7 +97,7 @@ class Batcher:
         stripe = stripe_of(socket.gethostname(), os.getpid(), settings.stripes)
         self._ledger = Ledger(settings, stripe=stripe, stop=self._stop, degraded=self._on_degraded)
         self._thread = ThreadPoolExecutor(1, "ledger")
-        self._running: Future[list[Outcome | None]] | None = None
+        self._running: Future[Settled] | None = None
         self._batch: list[Part] = []
         self._began = 0.0
         self._unread: deque[Any] = deque()  # messages in order of arrival, and overdue burns behind them
@@ -95,10 +105,10 @@ class Batcher:
         self._queued = 0  # events
         self._patience: Patience[Part] = Patience(settings.burn_patience)
         self._locked: WaitingRoom[Part] = WaitingRoom()
-        self._unlocked: set[str] = set()  # as the ledger's thread found it with the batch that is running
         self._said_locked = False
         self._ticked = monotonic()
         self._look = False  # at what waiting burns' accounts hold, with the next batch
+        self._look_due = 0.0  # when to look even though the ledger has other things to do
         self._locked_due = 0.0  # when to look at what is locked
         self._finished: deque[tuple[Item, float]] = deque()  # with the seconds it took
         self._bytes = 0
@@ -115,9 +125,15 @@ class Batcher:
     # In the event loop
 
     def attach(self, consumer: Any) -> None:
-        """Work for a consumer's new connection. What an old one brought is decided and acknowledged all the same."""
+        """Work for a consumer's new connection. What an old one brought is decided and acknowledged all the same; what
+        waited is forgotten, for it is put back with its connection and would wait twice.
+        """
         self._channel = consumer.task_consumer.channel
         self._intake.attach(consumer)
+        waited = [*self._patience.take_all(), *self._locked.take_all()]
+        for item in {part.item: None for part in waited}:
+            self._bytes -= item.size
+            self._intake.forget(item)
         self._paused = ""
         consumer.hub.add_reader(self._ears, self._on_bell)
         if self._ticks is not None:
@@ -175,40 +191,44 @@ class Batcher:
         absent, self._ticked = now - self._ticked > ABSENT, now
         if absent or self._degraded or self._suspended:
             self._patience.begin_again()
+            for part in (*self._batch, *self._queue):
+                part.deadline = None
         for part in self._patience.take_overdue():
             part.finally_()
             self._unread.append(part)  # behind all that was fetched by now
         self._read()
-        self._say_what_is_locked()
-        self._look = True
+        self._look = self._look or self._running is None or self._ticked >= self._look_due
         self._begin_batch()
 
     def _begin_batch(self) -> None:
         """Have the ledger decide what is next, and look what became of that which waits, if it is time for that."""
         if self._running is not None or self._suspended or self._stop.is_set():
             return
-        waiting = self._patience.take_all() if self._look else []
-        locked = sorted(self._locked.users) if monotonic() >= self._locked_due else []
-        self._batch = self._next_parts()
-        if not self._batch and not waiting and not locked:
-            return
-        self._look = False
         self._began = monotonic()
+        burns = list(self._patience) if self._look else []
+        locked = list(self._locked.users) if self._began >= self._locked_due else []
+        self._batch = self._next_parts()
+        self._look = False
+        if not self._batch and not burns and not locked:
+            return
+        if burns:
+            self._look_due = inf
         if locked:
-            self._locked_due = self._began + LOOK_AT_LOCKED
-        batch = self._batch
-        self._batch = batch + waiting
-        self._running = self._thread.submit(self._settle, batch, waiting, locked)
+            self._locked_due = inf
+        self._running = self._thread.submit(self._settle, self._batch, burns, locked)
         self._running.add_done_callback(lambda _: self._ring())
 
     def _next_parts(self) -> list[Part]:
-        """From the front of the queue, as much as a batch holds. A bulk message is never cut, a suspect goes alone."""
+        """From the front of the queue, as much as a batch holds. Only for a locked account is a bulk message cut; a
+        suspect goes alone.
+        """
         parts: list[Part] = []
         events = size = 0
         while self._queue:
             part = self._queue[0]
             suspect = part.item.restores >= SUSPECT
-            full = events + part.events > self._settings.batch_size or size + part.item.size > BATCH_BYTES
+            more = 0 if parts and parts[-1].item is part.item else part.item.size
+            full = events + part.events > self._settings.batch_size or size + more > BATCH_BYTES
             if parts and (suspect or full):
                 break
             self._queue.popleft()
@@ -216,7 +236,7 @@ class Batcher:
             if self._locked and not self._hold_locked(part):
                 continue
             events += part.events
-            size += part.item.size
+            size += more
             parts.append(part)
             if suspect:
                 if not part.item.alone:
@@ -230,7 +250,7 @@ class Batcher:
         future, batch = self._running, self._batch
         self._running, self._batch = None, []
         try:
-            outcomes = iter(future.result())
+            settled = future.result()
         except Interrupted:
             self._requeue(batch)
             return
@@ -238,12 +258,17 @@ class Batcher:
             self._suspend(batch, suspicion)
             return
         accrued: list[str] = []
+        outcomes = iter(settled.outcomes)
         for part in batch:
             self._settled(part, outcomes, accrued)
+        self._say_what_is_locked()
+        self._requeue(self._patience.take_these(settled.covered))
         for user_id in accrued:
             self._requeue(self._patience.take(user_id))
-        for user_id in self._unlocked:
+        for user_id in settled.unlocked:
             self._requeue(self._locked.take(user_id))
+        next_look = monotonic() + LOOK_SELDOM  # from now on: a look that takes long must not be followed by the next
+        self._look_due, self._locked_due = min(self._look_due, next_look), min(self._locked_due, next_look)
 
     def _settled(self, part: Part, outcomes: Any, accrued: list[str]) -> None:
         item = part.item
@@ -252,10 +277,8 @@ class Batcher:
             if isinstance(outcome, Locked):
                 self._hold(item, delivery, place)
                 continue
-            if outcome is None or isinstance(outcome, Undecided):
-                burn = Part(item, [delivery], [place])
-                burn.deadline = part.deadline
-                self._patience.add(burn)
+            if isinstance(outcome, Undecided):
+                self._patience.add(part if len(part.places) == 1 else Part(item, [delivery], [place]))
                 self._set_aside(item)
                 continue
             item.work.outcomes[place] = outcome
@@ -265,6 +288,8 @@ class Batcher:
         if item.finished:
             self._bytes -= item.size
             self._finished.append((item, monotonic() - self._began))
+        elif item.alone:
+            self._intake.try_alone(item, -item.alone)  # survived: what it waits for may be behind the culprit
 
     def _tell(self) -> None:
         """Acknowledge what is decided, and say so to Flower."""
@@ -284,19 +309,18 @@ class Batcher:
         return part.events > 0
 
     def _hold(self, item: Item, delivery: Delivery, place: int) -> None:
-        """Let an event wait for its account to be unlocked. Patience, if any was spent, begins anew after that: until
-        then no accrual could come.
+        """Let an event wait for its account to be unlocked. Patience, if any was spent, begins anew after that, as no
+        accrual could come before, and lasts longer: another worker that has it may look later than we.
         """
-        final = delivery.final and self._settings.burn_patience == 0
-        self._locked.add(Part(item, [delivery._replace(final=final)], [place]))
+        part = Part(item, [delivery._replace(final=delivery.final and self._settings.burn_patience == 0)], [place])
+        part.grace = LOOK_SELDOM + self._settings.lock_timeout
+        self._locked.add(part)
         self._set_aside(item)
 
     def _set_aside(self, item: Item) -> None:
         """What waits does not count against prefetch: a thousand burns must not keep their accruals out."""
         if set_aside := getattr(item.message.channel.qos, "set_aside", None):
             set_aside(item.message.delivery_tag)
-        if item.alone:
-            self._intake.try_alone(item, -item.alone)  # survived: what it waits for may be behind the culprit
 
     def _say_what_is_locked(self) -> None:
         """Once when it begins and once when it is over, however often anything is tried meanwhile."""
@@ -361,6 +385,7 @@ class Batcher:
         ordered = sorted(items.values(), key=lambda item: item.number)
         self._queue.clear()
         self._unread.clear()
+        self._said_locked = False
         self._bytes = self._queued = 0
         if not ordered and not unread:
             return
@@ -369,22 +394,17 @@ class Batcher:
 
     # In the ledger's thread
 
-    def _settle(self, batch: list[Part], waiting: list[Part], locked: list[str]) -> list[Outcome | None]:
-        """The outcomes of all deliveries of `batch`, then of the burns that waited; None for what must wait on.
-
-        Notes which of the accounts that were locked are so no longer.
-        """
-        self._unlocked = self._ledger.unlocked(locked) if locked else set()
+    def _settle(self, batch: list[Part], burns: list[Part], locked: list[str]) -> Settled:
+        """The outcomes of all deliveries of `batch`, and what of all that waits need wait no longer."""
         deliveries = [delivery for part in batch for delivery in part.deliveries]
         letters = [letter for part in batch for letter in part.item.work.letters]
-        burns = [part.deliveries[0] for part in waiting]
-        covered = self._ledger.covered(burns) if burns else []
-        ripe = [burn for burn, is_covered in zip(burns, covered, strict=True) if is_covered]
-        outcomes: list[Outcome] = []
-        if deliveries or letters or ripe:
-            outcomes = self._ledger.settle([*deliveries, *ripe], letters, set_aside=True)
-        late = iter(outcomes[len(deliveries) :])
-        return [*outcomes[: len(deliveries)], *(next(late) if is_covered else None for is_covered in covered)]
+        outcomes = self._ledger.settle(deliveries, letters, set_aside=True) if deliveries or letters else []
+        covered = self._ledger.covered([part.deliveries[0] for part in burns]) if burns else []
+        return Settled(
+            outcomes,
+            [part for part, is_covered in zip(burns, covered, strict=True) if is_covered],
+            self._ledger.unlocked(locked) if locked else set(),
+        )
 
     def _on_degraded(self, trouble: str | None) -> None:
         self._degraded = trouble

@@ -155,12 +155,16 @@ class Intake:
             except Exception as error:  # noqa: BLE001 - Redis may be away: one attempt goes uncounted
                 log.warning("could not count an attempt on a suspicious message", reason=str(error))
 
+    def forget(self, item: Item) -> None:
+        """Tell Celery no more of an item that comes again by itself."""
+        if item.request is not None:
+            state.task_ready(item.request)
+
     def give_back(self, items: list[Item], unread: list[Any]) -> None:
         """Put messages back where they came from, in this order, uncounted."""
         by_channel: dict[int, list[Any]] = {}
         for item in items:
-            if item.request is not None:
-                state.task_ready(item.request)
+            self.forget(item)
             if item.alone:
                 self.try_alone(item, -item.alone)
         for message in [*(item.message for item in items), *unread]:

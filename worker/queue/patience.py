@@ -28,6 +28,7 @@ class Waiting(Protocol):
     """What can wait: one event of one message."""
 
     deadline: float | None  # of time.monotonic(); None before its first insufficient answer
+    grace: float  # seconds beyond its patience
 
     @property
     def user_id(self) -> str:
@@ -72,6 +73,18 @@ class WaitingRoom(Generic[T]):
         self._count -= len(taken)
         return taken
 
+    def take_these(self, chosen: Collection[T]) -> list[T]:
+        """Those of the chosen that waited, which no longer do."""
+        wanted = set(chosen)
+        taken: list[T] = []
+        for user_id in dict.fromkeys(each.user_id for each in chosen):
+            for waiting in self.take(user_id):
+                if waiting in wanted:
+                    taken.append(waiting)
+                else:
+                    self.add(waiting)
+        return taken
+
     def take_all(self) -> list[T]:
         """All, which no longer wait."""
         taken = list(self)
@@ -90,14 +103,14 @@ class Patience(WaitingRoom[T]):
     def add(self, waiting: T) -> None:
         """Let a burn wait. Its patience starts with its first insufficient answer, however often it comes back."""
         if waiting.deadline is None:
-            waiting.deadline = monotonic() + self._seconds
+            waiting.deadline = monotonic() + self._seconds + waiting.grace
         super().add(waiting)
 
     def begin_again(self) -> None:
         """The whole patience anew for all: until now nobody's accrual could have come."""
         deadline = monotonic() + self._seconds
         for burn in self:
-            burn.deadline = deadline
+            burn.deadline = deadline + burn.grace
 
     def take_overdue(self) -> list[T]:
         """The burns whose patience is over, which no longer wait."""
