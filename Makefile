@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test test-matrix check gate chaos fuzz fuzz-decoder bench lock compose-env system-packages clean
+.PHONY: help run test test-matrix newcomer check gate chaos fuzz fuzz-decoder bench lock compose-env system-packages clean
 
 BIN := .venv/bin
 PYTHON_OF_ATHERIS := python3.11
@@ -26,6 +26,9 @@ test: .venv/development ## every test, on servers of its own, or those of DATABA
 
 test-matrix: .venv/development ## the tests on the oldest and newest Python at hand, with embedded and with Debian's servers
 	@.ci/test-matrix $(ARGS)
+
+newcomer: ## how long it takes from `git clone` to the first history, as an ordinary user with nothing of ours
+	@.ci/newcomer.py
 
 check: gate test ## what a change has to pass: formats, rules, types, imports, migrations, tests
 

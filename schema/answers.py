@@ -266,6 +266,12 @@ class Health(Answer):
     status: Literal["ok", "ready"]
 
 
+class Directory(Answer):
+    """What there is to ask for."""
+
+    addresses: Annotated[dict[str, str], Field(description="Each address, and what it answers.")]
+
+
 class Problem(Answer):
     """Why there is no answer (RFC 9457, application/problem+json)."""
 

@@ -295,9 +295,7 @@ def test_bad_parameter_is_refused_by_name_in_one_sentence(client_without_databas
     assert found["instance"] == HISTORY
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/api", HISTORY + "/", "/docs", "/redoc", "/%00", "/%ED%A0%80", "/" + "x" * 3000]
-)
+@pytest.mark.parametrize("path", ["/api", HISTORY + "/", "/docs", "/redoc", "/%00", "/%ED%A0%80", "/" + "x" * 3000])
 def test_unknown_address_is_a_problem_that_names_the_known_ones(client_without_database, path):
     found = assert_problem(client_without_database, client_without_database.get(path), 404)
     assert HISTORY in found["detail"]
@@ -341,6 +339,7 @@ def test_openapi_describes_every_address_and_is_current(client):
         HISTORY,
         "/api/account/rejections",
         "/api/account/receipts",
+        "/",
         "/healthz",
         "/readyz",
     }
@@ -356,6 +355,17 @@ def test_openapi_describes_every_address_and_is_current(client):
     transactions = document["components"]["schemas"]
     assert {"source", "metadata", "occurredAt"} <= set(transactions["AccrualTransaction"]["required"])
     assert "action" not in transactions["AccrualTransaction"]["properties"]
+
+
+def test_bare_address_says_what_there_is_to_ask_for(client_without_database):
+    """Also while the database is away: a person is looking round."""
+    answer = client_without_database.get("/")
+    assert answer.status_code == 200
+    schema_of(client_without_database, "/").validate(answer.json())
+    addresses = answer.json()["addresses"]
+    assert "newest first" in addresses[HISTORY]
+    described = client_without_database.get("/openapi.json").json()["paths"]
+    assert addresses.keys() == described.keys() | {"/openapi.json"}
 
 
 # Health, and a database that is away

@@ -20,6 +20,7 @@ from schema.answers import (
     MAX_KEYS,
     MAX_WAIT,
     Answer,
+    Directory,
     Health,
     HistoryQuery,
     Receipts,
@@ -108,6 +109,12 @@ def create_app(settings: Settings) -> FastAPI:
     async def receipts(query: Annotated[ReceiptsQuery, Query()]) -> Response:
         """What became of a user's events, by their keys: applied, rejected, dead-lettered, or not known yet."""
         return _json(await await_receipts(database, query.user_id, query.idempotency_keys, query.wait))
+
+    @app.get("/", response_model=Directory, operation_id="directory")
+    async def directory() -> Response:
+        """What there is to ask for: whoever opens the bare address in a browser looks for that."""
+        described = {path: methods["get"]["description"] for path, methods in app.openapi()["paths"].items()}
+        return _json(Directory(addresses=described | {"/openapi.json": "All of this for programs, with parameters."}))
 
     @app.get("/healthz", response_model=Health, operation_id="healthz")
     async def healthz() -> Response:

@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""From `git clone` to the first history on the screen, as somebody meets us who has never heard of us.
+
+An ordinary user, a folder with a space in its name, an empty pip cache, nothing of ours in the environment, and nobody to
+answer a question. What is cloned is what is committed. Prints how many seconds it took; leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOBODY = 65_534
+
+#: Seconds in which README says it is done.
+SAID = 120
+#: Seconds after which something hangs.
+PATIENCE = 900
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="tokentrail newcomer ") as name:
+        folder = Path(name)
+        subprocess.run(["git", "bundle", "create", "--quiet", folder / "tokentrail.bundle", "HEAD"], cwd=ROOT, check=True)
+        (folder / "home").mkdir()
+        user = {}
+        if os.geteuid() == 0:
+            user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+            for path in (folder, *folder.iterdir()):
+                os.chown(path, NOBODY, NOBODY)
+        environment = {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), "PIP_NO_CACHE_DIR": "1"}
+        log = folder / "screen"
+        with log.open("w") as screen:
+            began = time.monotonic()
+            running = subprocess.Popen(
+                ["/bin/sh", "-ec", "git clone --quiet tokentrail.bundle tokentrail; cd tokentrail; exec make run"],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=screen,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **user,
+            )
+        try:
+            shown(log, running, "History of ", began)
+            seconds = time.monotonic() - began
+            shown(log, running, "tokentrail is running", began)
+            look_at_its_pages(log.read_text())
+        finally:
+            code = stopped(running)
+        left = of_session(running.pid)
+        print(log.read_text())
+        python = re.search(r"Making \.venv with (Python \S+)", log.read_text())
+        print(f"From git clone to the first history: {seconds:.0f} s, with {python[1] if python else 'a Python'}.")
+        if seconds > SAID:
+            print(f"README says {SAID} s.")
+        if left:
+            print(f"Still running: {left}")
+        return 1 if code or left else 0
+
+
+def shown(log: Path, running: subprocess.Popen[bytes], words: str, began: float) -> None:
+    while words not in (said := log.read_text()):
+        if running.poll() is not None or time.monotonic() > began + PATIENCE:
+            sys.exit(f"{said}\n{words!r} was never shown; make run ended with {running.poll()}.")
+        time.sleep(0.05)
+
+
+def look_at_its_pages(said: str) -> None:
+    """Those that it says it has. Raises unless each answers 200."""
+    addresses = re.findall(r"^ +(?:history|API|Flower) +(http\S+)$", said, re.MULTILINE)
+    assert len(addresses) == len(("history", "API", "Flower")), said
+    local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for address in addresses:
+        with local.open(address, timeout=30) as answer:
+            answer.read()
+
+
+def stopped(running: subprocess.Popen[bytes]) -> int:
+    """As Ctrl-C does it, and what make exited with."""
+    if running.poll() is None:
+        os.killpg(running.pid, signal.SIGINT)
+    try:
+        return running.wait(60)
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+
+
+def of_session(session: int) -> list[str]:
+    """The processes that are left of what we started."""
+    found = shutil.which("ps")
+    assert found, "Debian: apt-get install procps"
+    listed = subprocess.run([found, "-A", "-o", "sid=,pid=,args="], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if int(line.split()[0]) == session]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
