@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
 """From `git clone` to the first history on the screen, as somebody meets us who has never heard of us.
 
-An ordinary user, a folder with a space in its name, an empty pip cache, nothing of ours in the environment, and nobody to
-answer a question. What is cloned is what is committed. Prints how many seconds it took; leaves nothing running.
+An ordinary user, a folder with a space in its name, an empty pip cache, nothing of ours in the environment, and nobody
+to answer a question. What is cloned is what is committed. Prints how many seconds it took; leaves nothing running.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +29,9 @@ PATIENCE = 900
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tokentrail newcomer ") as name:
         folder = Path(name)
-        subprocess.run(["git", "bundle", "create", "--quiet", folder / "tokentrail.bundle", "HEAD"], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "bundle", "create", "--quiet", folder / "tokentrail.bundle", "HEAD"], cwd=ROOT, check=True
+        )
         (folder / "home").mkdir()
         user = {}
         if os.geteuid() == 0:
@@ -58,7 +59,7 @@ def main() -> int:
             look_at_its_pages(log.read_text())
         finally:
             code = stopped(running)
-        left = of_session(running.pid)
+        left = that_name(folder)
         print(log.read_text())
         python = re.search(r"Making \.venv with (Python \S+)", log.read_text())
         print(f"From git clone to the first history: {seconds:.0f} s, with {python[1] if python else 'a Python'}.")
@@ -98,12 +99,10 @@ def stopped(running: subprocess.Popen[bytes]) -> int:
             running.wait()
 
 
-def of_session(session: int) -> list[str]:
-    """The processes that are left of what we started."""
-    found = shutil.which("ps")
-    assert found, "Debian: apt-get install procps"
-    listed = subprocess.run([found, "-A", "-o", "sid=,pid=,args="], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if int(line.split()[0]) == session]
+def that_name(folder: Path) -> list[str]:
+    """The processes that are left of what we started: of a program or data in the folder, whatever their session."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if str(folder) in line]
 
 
 if __name__ == "__main__":

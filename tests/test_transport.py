@@ -421,11 +421,9 @@ def test_a_message_set_aside_takes_no_prefetch_and_stays_held(broker_url, broker
         consumer.channel.qos.set_aside(first.delivery_tag)
         assert len(consumer.drain()) == 3
         assert broker.hexists("unacked", first.delivery_tag)
-        consumer.channel.qos.take_back(first.delivery_tag)
         consumer.messages[1].ack()
-        assert len(consumer.drain()) == 3
-        first.ack()
         assert len(consumer.drain()) == 4
+        first.ack()
         consumer.channel.qos.set_aside(first.delivery_tag)  # too late, and without effect
         assert len(consumer.drain()) == 4
 

@@ -269,6 +269,73 @@ def test_no_patience_passes_while_the_account_is_locked(stage):
     assert stage.count("rejected_event") == 0
 
 
+def test_a_burn_is_not_refused_at_the_moment_its_account_comes_free(stage):
+    """Its patience was over, and its final try stood in line: so may have its accrual, in another worker."""
+    stage.start(burn_patience=1, lock_timeout=20)
+    stage.publisher.publish(burn("ann", 4, "b"))
+    eventually(lambda: stage.count("account") == 1)
+
+    with account_locked(stage, "ann"):
+        eventually(lambda: stage.rows(STANDING_IN_LINE))
+        time.sleep(1)
+    time.sleep(0.5)
+    assert stage.count("rejected_event") == 0
+    stage.publisher.publish(accrual("ann", 10, "a"))
+
+    eventually(lambda: stage.balance("ann") == 6)
+    assert stage.count("rejected_event") == 0
+
+
+#: The worker's session, while it waits for a lock.
+STANDING_IN_LINE = (
+    "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    " AND starts_with(application_name, 'tokentrail')"
+)
+
+
+def test_no_patience_passes_while_a_batch_waits_and_nothing_more_can_be_fetched(stage):
+    """Somebody locks the table, the worker's hands fill up, and the accrual is published behind all that."""
+    stage.start(burn_patience=2, lock_timeout=30, batch_size=10)
+    stage.publisher.publish(burn("ann", 4, "b"))
+    eventually(lambda: stage.count("account") == 1)
+    time.sleep(0.5)
+
+    with psycopg.connect(stage.database_url) as stranger:
+        stranger.execute("LOCK TABLE account IN EXCLUSIVE MODE")
+        stage.publisher.publish_all(accrual(f"user-{n}", 1, "a") for n in range(3_000))
+        eventually(lambda: stage.rows(STANDING_IN_LINE))
+        stage.publisher.publish(accrual("ann", 10, "a"))
+        time.sleep(4)
+        assert stage.redis.llen("tokens") > 0, "its accrual is not fetched"
+        stranger.rollback()
+
+    eventually(lambda: stage.balance("ann") == 6, 30)
+    assert stage.count("rejected_event") == 0
+
+
+def test_a_quiet_worker_finds_the_database_again_after_redis_was_away_too(stage):
+    """What it would have asked the database about went back with the connection: nothing is left to meet it."""
+    stage.start(lock_timeout=0.2)
+    with account_locked(stage, "ann"):
+        stage.publisher.publish(accrual("ann", 1, "a"))
+        eventually(lambda: LOCKED in stage.log())
+        name = urlsplit(stage.database_url).path[1:]
+        server = stage.database_url.rpartition("/")[0] + "/postgres"
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = %s AND application_name LIKE 'tokentrail%%'",
+                (name,),
+            )
+            eventually(lambda: "database not available" in stage.log())
+            stage.redis.client_kill_filter(_type="normal", skipme=True)
+            eventually(lambda: stage.redis.llen("tokens") == 1 and stage.redis.hlen("unacked") == 0)
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    eventually(lambda: stage.balance("ann") == 1)
+    eventually(lambda: stage.in_redis() == 0)
+
+
 def test_what_waits_for_a_locked_account_waits_once_however_often_it_is_delivered(stage):
     """A lost connection puts it back; what is left of it in the worker must not fill the room of what comes again."""
     stage.start()

@@ -110,5 +110,5 @@ def burn(**event: Any) -> str:
 
 @app.task(name=APPLY_MANY)
 def apply_many(events: list[dict[str, Any]]) -> str:
-    """Apply 1 to 1,000 events in their order, in one transaction; each has its own outcome."""
+    """Apply 1 to 1,000 events in their order; each has its own outcome."""
     return _apply(APPLY_MANY, {"events": events})

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,11 +22,10 @@ import pytest
 from worker.config import Settings
 from worker.db import connect, migrate
 from worker.embedded import PostgresServer
-from worker.ledger import settle
-from worker.ledger.apply import apply_batch
+from worker.ledger.apply import LATE, apply_batch
 from worker.ledger.dead_letters import Letter
 from worker.ledger.errors import MAX_CULPRITS, Interrupted, SuspiciousBatch
-from worker.ledger.outcomes import Applied, DeadLettered, Locked, Origin
+from worker.ledger.outcomes import Applied, DeadLettered, Locked, Origin, Rejected, Undecided
 
 from .support import (
     PATIENCE,
@@ -493,16 +493,16 @@ def test_what_is_locked_comes_back_to_whoever_wants_to_go_on_without_it(watched,
     batch = sent(accrual("bob", 2, "a"), accrual("ann", 2, "a"), burn("bob", 1, "b"), accrual("cid", 1, "a"))
     locked = [Locked("bob"), Locked("bob")]
     with holding(owner, "bob"):
-        mixed = ledger.settle(batch, [letter], set_aside=True)
+        mixed = ledger.settle(batch, [letter], leave_locked=True)
         assert [mixed[0], mixed[2]] == locked
         assert told([mixed[1], mixed[3]]) == ["applied #1: 0 → 2", "applied #1: 0 → 1"]
         assert count(connection, "dead_letter") == 1
-        assert ledger.settle([batch[0], batch[2]], set_aside=True) == locked, "also when there is nothing else"
+        assert ledger.settle([batch[0], batch[2]], leave_locked=True) == locked, "also when there is nothing else"
         assert ledger.unlocked(["bob"]) == set()
         assert ledger.unlocked(["ann", "bob", "cid"]) == {"ann", "cid"}
     assert ledger.said == [], "it is nothing that the whole database has"
     assert ledger.unlocked(["bob"]) == {"bob"}
-    assert told(ledger.settle(batch, set_aside=True)) == [
+    assert told(ledger.settle(batch, leave_locked=True)) == [
         "applied #1: 0 → 2",
         "applied #1: 0 → 2 (again)",
         "applied #2: 2 → 1",
@@ -517,10 +517,10 @@ def test_an_account_that_was_locked_while_it_was_opened_is_free_when_that_failed
     batch = sent(accrual("ann", 1, "a"))
     with psycopg.connect(url) as stranger:
         stranger.execute("INSERT INTO account (user_id) VALUES ('ann')")
-        assert ledger.settle(batch, set_aside=True) == [Locked("ann")]
+        assert ledger.settle(batch, leave_locked=True) == [Locked("ann")]
         stranger.rollback()
     assert ledger.unlocked(["ann"]) == {"ann"}
-    assert told(ledger.settle(batch, set_aside=True)) == ["applied #1: 0 → 1"]
+    assert told(ledger.settle(batch, leave_locked=True)) == ["applied #1: 0 → 1"]
 
 
 def test_of_new_accounts_only_the_one_that_somebody_is_stuck_opening_is_locked(watched, owner, url):
@@ -528,7 +528,7 @@ def test_of_new_accounts_only_the_one_that_somebody_is_stuck_opening_is_locked(w
     batch = sent(*(accrual(f"user-{n:02}", 1, "a") for n in range(20)))
     with psycopg.connect(url) as stranger:
         stranger.execute("INSERT INTO account (user_id) VALUES ('user-07')")
-        outcomes = ledger.settle(batch, set_aside=True)
+        outcomes = ledger.settle(batch, leave_locked=True)
         assert outcomes.pop(7) == Locked("user-07")
         assert told(outcomes) == ["applied #1: 0 → 1"] * 19
         assert ledger.unlocked(["user-07", "user-20"]) == {"user-20"}
@@ -553,7 +553,7 @@ def test_a_batch_that_is_cut_decides_no_event_before_an_earlier_one_of_its_accou
             return attempt(deliveries, letters)
 
         monkeypatch.setattr(ledger, "attempt", attempt_meanwhile)
-        outcomes = ledger.settle(batch, set_aside=True)
+        outcomes = ledger.settle(batch, leave_locked=True)
     assert outcomes[0] == outcomes[2] == Locked("ann")
     assert told([outcomes[1]]) == ["applied #1: 0 → 1"]
     assert isinstance(outcomes[3], DeadLettered)
@@ -571,17 +571,53 @@ def test_a_look_at_what_is_locked_replaces_a_session_that_is_no_good(watched, ow
     assert ledger.said[1:] == [None]
 
 
-def test_a_busy_account_is_stood_in_line_for(watched, owner, background, monkeypatch):
+def test_an_account_in_ever_other_hands_is_busy_and_not_locked(watched, owner, url):
     """Nobody who only looks ever sees it without a lock: there is always somebody else's turn."""
-    monkeypatch.setattr(settle, "IN_LINE", PATIENCE)
-    owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
+    owner.execute("INSERT INTO account (user_id) VALUES ('ann'), ('bob')")
     ledger = watched(lock_timeout=0.1)
+    batch = sent(accrual("ann", 1, "a"), accrual("bob", 1, "a"))
+    with psycopg.connect(url) as stuck, psycopg.connect(url) as one, psycopg.connect(url) as another:
+        stuck.execute("SELECT FROM account WHERE user_id = 'bob' FOR UPDATE")
+        one.execute("SELECT FROM account WHERE user_id = 'ann' FOR UPDATE")
+        assert ledger.settle(batch, leave_locked=True) == [Locked("ann"), Locked("bob")]
+        assert ledger.unlocked(["ann", "bob"]) == set()
+        one.commit()
+        another.execute("SELECT FROM account WHERE user_id = 'ann' FOR UPDATE")
+        assert ledger.unlocked(["ann", "bob"]) == {"ann"}, "who stands in line for it gets it"
+        assert ledger.settle(batch[:1], leave_locked=True) == [Locked("ann")], "unless that takes too long"
+        assert ledger.unlocked(["ann", "bob"]) == set()
+
+
+def test_whoever_opens_many_accounts_holds_up_no_others_new_accounts(watched, owner, url):
+    """What one look has no time for, one of the next has."""
+    ledger = watched(lock_timeout=0.1)
+    others = [f"user-{n:02}" for n in range(60)]
+    with psycopg.connect(url) as stranger:
+        stranger.execute("INSERT INTO account (user_id) SELECT 'import-' || n FROM generate_series(1, 40) n")
+        batch = sent(*(accrual(user, 1, "a") for user in [*(f"import-{n}" for n in range(1, 41)), *others]))
+        outcomes = ledger.settle(batch, leave_locked=True)
+        assert outcomes[:40] == [Locked(f"import-{n}") for n in range(1, 41)]
+        waiting = [outcome.user_id for outcome in outcomes if isinstance(outcome, Locked)]
+        for _ in range(20):
+            waiting = [user for user in waiting if user not in ledger.unlocked(waiting)]
+            if len(waiting) == 40:
+                break
+        assert not set(waiting) & set(others)
+
+
+def test_a_refusal_that_is_to_be_prompt_is_none_after_standing_in_line(watched, owner, connection, background):
+    """Whoever held the account may have kept its accrual waiting, in another worker."""
+    owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
+    ledger = watched(lock_timeout=PATIENCE)
+    prompt = [delivery._replace(prompt=True) for delivery in sent(burn("ann", 5, "b"))]
     with holding(owner, "ann"):
-        free = background(ledger.unlocked, ["ann"])
-        until(lambda: waiting_for(owner, owner), "it stands in line, for longer than a batch's lock timeout")
-        time.sleep(0.3)
-        assert not free.done()
-    assert free.result(PATIENCE) == {"ann"}
+        late = background(ledger.settle, prompt)
+        until(lambda: waiting_for(owner, owner), "it stands in line")
+        time.sleep(LATE)
+    assert late.result(PATIENCE) == [Undecided(Decimal(0))]
+    assert count(connection, "rejected_event") == 0
+    (refused,) = ledger.settle(prompt)
+    assert isinstance(refused, Rejected), "and is one when it had not to wait"
 
 
 def test_a_frozen_worker_is_overcome_and_finds_its_way_back(watched, owner, url):

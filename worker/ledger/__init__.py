@@ -4,7 +4,7 @@ rules.py         may this event move this balance? (pure)
 outcomes.py      the answers an event can get
 chain.py         the canonical form of what is recorded, and its hash
 apply.py         one batch in one transaction: lock, look up, decide, record
-store.py         the SQL that apply.py needs
+store.py         the SQL that apply.py and settle.py need
 errors.py        whose fault an error is: the event's, or nobody's
 settle.py        a batch until it is decided: wait out "not now", single out the event's own fault
 dead_letters.py  messages without an outcome

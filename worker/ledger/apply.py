@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from functools import reduce
-from typing import Any, NamedTuple
+from time import monotonic
+from typing import Any, Final, NamedTuple
 
 from psycopg import Connection, Cursor
 
@@ -20,6 +21,9 @@ from .dead_letters import Letter
 from .outcomes import Applied, DeadLettered, Decision, Delivery, Outcome, Rejected, Undecided
 from .rules import CLOCK_TOLERANCE, MONEY, Reason, decide, too_far_ahead
 from .store import Account, Earlier, Flow, copy_bytes, copy_line, copy_text
+
+#: Seconds in line for its accounts after which a batch was late: whoever held them may have kept an accrual waiting.
+LATE: Final = 0.5
 
 
 def apply_batch(
@@ -37,12 +41,14 @@ def apply_batch(
     Raises what PostgreSQL raises; the transaction is then rolled back.
     """
     users = sorted({delivery.event.user_id for delivery in deliveries})
+    began = monotonic()
     try:
         with connection.transaction(), connection.cursor() as cursor:
             accounts = store.lock_accounts(cursor, users) if users else {}
             if len(accounts) < len(users):
                 raise _SomeAreNew  # noqa: TRY301 - the way out of a transaction
-            return _Batch(stripe, accounts, letters).run(cursor, deliveries, clock)
+            late = monotonic() - began > LATE
+            return _Batch(stripe, accounts, letters, late=late).run(cursor, deliveries, clock)
     except _SomeAreNew:
         pass
     # Only now that the locks are let go: who opens accounts while holding others' can end up waiting for a batch that
@@ -50,7 +56,8 @@ def apply_batch(
     with connection.transaction(), connection.cursor() as cursor:
         store.open_accounts(cursor, users)
         accounts = store.lock_accounts(cursor, users)
-        return _Batch(stripe, accounts, letters).run(cursor, deliveries, clock)
+        late = monotonic() - began > LATE
+        return _Batch(stripe, accounts, letters, late=late).run(cursor, deliveries, clock)
 
 
 class _SomeAreNew(Exception):
@@ -70,8 +77,9 @@ class _Moment(NamedTuple):
 class _Batch:
     """What one transaction has read, decided and is about to write."""
 
-    def __init__(self, stripe: int, accounts: Mapping[str, Account], letters: Iterable[Letter]) -> None:
+    def __init__(self, stripe: int, accounts: Mapping[str, Account], letters: Iterable[Letter], *, late: bool) -> None:
         self.stripe = stripe
+        self.late = late
         self.accounts = accounts
         self.letters = list(letters)
         self.earlier: dict[tuple[str, str], Earlier] = {}
@@ -83,20 +91,18 @@ class _Batch:
         self.flows: defaultdict[datetime, Flow] = defaultdict(Flow)
         self.moments: dict[datetime, _Moment] = {}  # nearly always one
         self.lines: defaultdict[str, list[str]] = defaultdict(list)
-        self._decided = 0
 
     def run(self, cursor: Cursor[Any], deliveries: Sequence[Delivery], clock: datetime | None) -> list[Outcome]:
         """Look up, decide, record. The accounts are locked."""
         if deliveries:
             self.earlier, now = store.look_up(cursor, deliveries)
             self.now = clock or now
-            self.outcomes = [self.decide(delivery) for delivery in deliveries]
+            self.outcomes = [self.decide(place, delivery) for place, delivery in enumerate(deliveries)]
         self.record(cursor)
         return self.outcomes
 
-    def decide(self, delivery: Delivery) -> Outcome:
-        """The answer to one delivery; what it means is noted for `record`."""
-        place, self._decided = self._decided, self._decided + 1
+    def decide(self, place: int, delivery: Delivery) -> Outcome:
+        """The answer to the delivery at a place of the batch; what it means is noted for `record`."""
         event = delivery.event
         key = (event.user_id, event.idempotency_key)
         if earlier := self.earlier.get(key):
@@ -115,7 +121,7 @@ class _Batch:
         decision: Decision
         if isinstance(verdict, Decimal):
             decision = self._apply(delivery, account, verdict)
-        elif verdict is Reason.INSUFFICIENT_TOKENS and not delivery.final:
+        elif verdict is Reason.INSUFFICIENT_TOKENS and not (delivery.final and not (delivery.prompt and self.late)):
             return Undecided(account.balance)
         else:
             decision = self._reject(delivery, account, verdict)

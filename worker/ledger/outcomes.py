@@ -40,6 +40,8 @@ class Delivery(NamedTuple):
     final: bool
     #: Reason and sentence of the dead letter it becomes, unless it was decided by an earlier delivery.
     refusal: tuple[DeadLetterReason, str] | None = None
+    #: Whether that answer is final only if its batch did not have to stand in line for its accounts.
+    prompt: bool = False
 
     @classmethod
     def of(cls, event: Event, origin: Origin | None = None, *, final: bool = True) -> Delivery:

@@ -33,8 +33,11 @@ LONGEST_PAUSE: Final = 5.0  # seconds
 #: Seconds that the server's own word on a statement that took too long may need to reach us.
 ANSWER_MARGIN: Final = 5.0
 
-#: Seconds to stand in line for one account of those that are never found unlocked: it may only be a busy one.
-IN_LINE: Final = 0.1
+#: Seconds to wait for somebody who is opening the same account, before it counts as locked.
+OPENING: Final = 0.02
+
+#: Whose hands an account is in that somebody is opening.
+_OPENED: Final = "not committed"
 
 #: Troubles between transactions, after which the same session is as good as before: class 40 and a lock timeout.
 #: After any other a new one is made, for the old one may be the trouble: a primary that has become a read-only
@@ -67,19 +70,20 @@ class Ledger:
         self._batches = 0  # of this connection
         self._trouble: str | None = None
         self._blind = False  # the last look at what accounts hold failed
+        self._holders: dict[str, str] = {}  # in which transaction's hands each locked account was last seen
 
     def settle(
-        self, deliveries: Sequence[Delivery], letters: Sequence[Letter] = (), *, set_aside: bool = False
+        self, deliveries: Sequence[Delivery], letters: Sequence[Letter] = (), *, leave_locked: bool = False
     ) -> list[Outcome]:
         """The outcome of each delivery, durable; the letters are kept.
 
         Accounts that somebody else keeps locked hold up nobody else's events. Theirs are waited for, or with
-        `set_aside` come back as Locked, to be settled again when `unlocked` names the account.
+        `leave_locked` come back as Locked, to be settled again when `unlocked` names the account.
         Raises Interrupted when stopped while waiting, and SuspiciousBatch when the database refuses more than
         MAX_CULPRITS of the events. All deliveries must then be delivered again: what was decided stays decided,
         and no event has become a dead letter for the database's refusal.
         """
-        outcomes = _Settlement(self, set_aside).run(list(deliveries), list(letters))
+        outcomes = _Settlement(self, leave_locked).run(list(deliveries), list(letters))
         self._recovered()
         return outcomes
 
@@ -122,36 +126,50 @@ class Ledger:
             self._recovered()
         return found
 
-    def locked(self, deliveries: Sequence[Delivery]) -> set[str]:
-        """Those of the deliveries' accounts that somebody holds right now; none while nobody can know."""
-        users = sorted({delivery.event.user_id for delivery in deliveries})
+    def locked(self, users: Sequence[str]) -> set[str]:
+        """Those of the accounts that somebody holds right now; none while nobody can know."""
         try:
-            return set(users) - self._free(users)
+            held = self._held(users)
         except psycopg.Error:
             return set()  # the next try meets the same trouble and names it
+        self._holders |= held
+        return set(held)
 
     def unlocked(self, users: Sequence[str]) -> set[str]:
-        """Those of the accounts that were found Locked and could be had just now; none while nobody can know.
+        """Those of the accounts that were found locked and can be had now; none while nobody can know.
 
-        A busy account is never without a lock, only in ever other hands. So one of them all, another each time, is
-        stood in line for.
+        A busy account is never without a lock, only in ever other hands: who stands in line for it gets it.
         """
         try:
-            free = self._free(sorted(users))
-            rest = [user_id for user_id in users if user_id not in free]
-            if rest and store.unlocked_within(self.connection(), chosen := random.choice(rest), IN_LINE):  # noqa: S311
-                free.add(chosen)
+            held = self._held(users)
         except psycopg.Error as error:
             self._say(error)
             return set()
         self._recovered()
-        return free
+        stuck = {user_id: holder for user_id, holder in held.items() if self._holders.get(user_id, holder) == holder}
+        self._holders = stuck
+        return {user_id for user_id in users if user_id not in stuck}
 
-    def _free(self, users: Sequence[str]) -> set[str]:
-        """Those of the accounts, in their order, that nobody holds; they are opened, so that there is one to hold."""
+    def probe(self) -> None:
+        """Find out whether the trouble that there was is over, where no event is left that would meet it."""
+        try:
+            self.connection().execute("SELECT")
+        except psycopg.Error as error:
+            self._say(error)
+        else:
+            self._recovered()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def _held(self, users: Sequence[str]) -> dict[str, str]:
+        """In whose hands those of the accounts are that are in somebody's. They are opened, so that they can be."""
         self._end_frozen()
-        store.open_accounts_within(self.connection(), users, IN_LINE)
-        return store.unlocked(self.connection(), users)
+        store.open_accounts_within(self.connection(), users, OPENING)
+        found = store.holders(self.connection(), users)
+        holders = {user_id: found.get(user_id, _OPENED) for user_id in users}
+        return {user_id: holder for user_id, holder in holders.items() if holder is not None}
 
     def _end_frozen(self) -> None:
         """End whoever holds locks in a session that PostgreSQL does not end."""
@@ -186,10 +204,10 @@ class Ledger:
 class _Settlement:
     """One call of Ledger.settle: a batch, cut where it must be."""
 
-    def __init__(self, ledger: Ledger, set_aside: bool) -> None:
+    def __init__(self, ledger: Ledger, leave_locked: bool) -> None:
         self._ledger = ledger
-        self._set_aside = set_aside
-        self._locked: set[str] = set()  # accounts whose events are set aside
+        self._leave_locked = leave_locked
+        self._locked: set[str] = set()  # accounts whose events are left
         self._culprits: list[Letter] = []
 
     def run(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
@@ -217,9 +235,8 @@ class _Settlement:
             except psycopg.Error as error:
                 if caused_by_event(error.sqlstate) or (error.sqlstate is None and isinstance(error, _CLIENT_SIDE)):
                     return self._halve(deliveries, letters, error)
-                locked = self._ledger.locked(deliveries) if error.sqlstate == LOCK_NOT_AVAILABLE else set()
-                places = _of_users(deliveries, locked)
-                if places and (self._set_aside or len(places) < len(deliveries)):
+                places = self._locked_places(deliveries) if error.sqlstate == LOCK_NOT_AVAILABLE else []
+                if places and (self._leave_locked or len(places) < len(deliveries)):
                     return self._locked_last(deliveries, letters, places)
                 self._ledger.not_now(error, pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
@@ -258,18 +275,25 @@ class _Settlement:
         )
         return [DeadLettered(reason, detail)]
 
+    def _locked_places(self, deliveries: list[Delivery]) -> list[int]:
+        """The places of the deliveries whose accounts are locked. Not worth the time where all is to be put back."""
+        if self._ledger.stopping:
+            return []
+        users = sorted({delivery.event.user_id for delivery in deliveries})
+        return _of_users(deliveries, self._ledger.locked(users))
+
     def _locked_last(self, deliveries: list[Delivery], letters: list[Letter], places: list[int]) -> list[Outcome]:
-        """Decide what can be decided, then those at `places`, whose accounts are locked, unless they are set aside.
+        """Decide what can be decided, then those at `places`, whose accounts are locked, unless they are left.
         Order within each account is kept.
         """
-        if self._set_aside:
+        if self._leave_locked:
             self._locked.update(deliveries[place].event.user_id for place in places)
         late = set(places)
         early = [place for place in range(len(deliveries)) if place not in late]
         outcomes: dict[int, Outcome] = {}
         if early or letters:
             outcomes.update(zip(early, self.settle([deliveries[place] for place in early], letters), strict=True))
-        if self._set_aside:
+        if self._leave_locked:
             outcomes.update((place, Locked(deliveries[place].event.user_id)) for place in places)
         else:
             last = self.settle([deliveries[place] for place in places], [])

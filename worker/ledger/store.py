@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -20,8 +20,8 @@ from psycopg.errors import LockNotAvailable
 from .outcomes import Applied, Decision, Delivery, Rejected
 from .rules import Reason
 
-#: Tries to open accounts that may have to be waited for: two that are stuck are found among 500 new ones.
-MOST_IN_VAIN: Final = 20
+#: Tries to open accounts that somebody else is opening: three that are stuck are found among 500 new ones.
+MOST_IN_VAIN: Final = 25
 
 
 @dataclass(slots=True)
@@ -69,21 +69,22 @@ def open_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
 def open_accounts_within(connection: Connection[Any], users: Sequence[str], seconds: float) -> None:
     """Make sure that each account exists, but for those that somebody has been opening for longer than `seconds`.
 
-    Ends in bounded time, before all is tried, when there are many of these or the whole table is locked.
+    Ends in bounded time, before all is tried, when there are many of these or the whole table is locked. The order is
+    another one each time, so that who is called again gets further.
     """
     rows = connection.execute(
-        "SELECT u FROM unnest(%s::text[]) WITH ORDINALITY AS x (u, place)"
-        " WHERE NOT EXISTS (SELECT FROM account WHERE user_id = u) ORDER BY place",
+        "SELECT u FROM unnest(%s::text[]) AS x (u) WHERE NOT EXISTS (SELECT FROM account WHERE user_id = u)",
         (_array_of_texts(users),),
     )
-    parts = [[row[0] for row in rows]]
+    missing = [row[0] for row in rows]
+    random.shuffle(missing)
+    parts = [missing] if missing else []
     in_vain = 0
     while parts and in_vain < MOST_IN_VAIN:
-        if not (part := parts.pop()):
-            continue
+        part = parts.pop()
         try:
             with connection.transaction(), connection.cursor() as cursor:
-                _wait_at_most(cursor, seconds)
+                cursor.execute("SELECT set_config('lock_timeout', %s, true)", (f"{round(seconds * 1000)}ms",))
                 open_accounts(cursor, part)
         except LockNotAvailable:
             in_vain += 1
@@ -105,24 +106,21 @@ def lock_accounts(cursor: Cursor[Any], users: Sequence[str]) -> dict[str, Accoun
     return {row[0]: Account(*row) for row in cursor}
 
 
-def unlocked(connection: Connection[Any], users: Sequence[str]) -> set[str]:
-    """Those of the accounts whose lock could be had at once; it is not kept."""
+def holders(connection: Connection[Any], users: Sequence[str]) -> dict[str, str | None]:
+    """In which transaction's hands each account is that exists; None if its lock could be had at once, and is not kept.
+
+    The number of a transaction that has locked a row is the row's xmax. One that is somebody else's at the next look
+    is busy, and not stuck.
+    """
     rows = connection.execute(
-        "SELECT user_id FROM account WHERE user_id = ANY(%s) FOR UPDATE SKIP LOCKED", (_array_of_texts(users),)
+        """
+        WITH free AS MATERIALIZED (SELECT user_id FROM account WHERE user_id = ANY(%(users)s) FOR UPDATE SKIP LOCKED)
+        SELECT a.user_id, CASE WHEN free.user_id IS NULL THEN a.xmax::text END
+        FROM account a LEFT JOIN free ON free.user_id = a.user_id WHERE a.user_id = ANY(%(users)s)
+        """,
+        {"users": _array_of_texts(users)},
     )
-    return {row[0] for row in rows}
-
-
-def unlocked_within(connection: Connection[Any], user_id: str, seconds: float) -> bool:
-    """Whether the account's lock could be had by waiting for it in the queue; it is not kept."""
-    with suppress(LockNotAvailable), connection.transaction(), connection.cursor() as cursor:
-        _wait_at_most(cursor, seconds)
-        return cursor.execute("SELECT FROM account WHERE user_id = %s FOR UPDATE", (user_id,)).rowcount == 1
-    return False
-
-
-def _wait_at_most(cursor: Cursor[Any], seconds: float) -> None:
-    cursor.execute("SELECT set_config('lock_timeout', %s, true)", (f"{round(seconds * 1000)}ms",))
+    return {row[0]: row[1] for row in rows}
 
 
 def end_frozen(connection: Connection[Any], after: float) -> list[int]:

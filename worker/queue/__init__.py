@@ -4,7 +4,10 @@ transport.py      kombu's Redis transport, popping and recording in one step (wi
 consumer.py       the one door through which every message comes
 undeliverable.py  which messages become dead letters before they are read
 tasks.py          from a message to deliveries: what a producer may call
-batching.py       deliveries into batches, outcomes into acknowledgements and events
-patience.py       burns that may be ahead of their accrual
+intake.py         a message in hand: what Celery and Flower hear of it, from its arrival to its acknowledgement
+batching.py       what is in hand into batches, and what became of each
+waiting.py        what of it waits, for tokens or for a lock, and when to look whether it still must
+patience.py       the rooms that it waits in
+control.py        what operators tell a running worker
 replay.py         dead letters back onto the queue
 """

@@ -12,11 +12,11 @@ import os
 import socket
 import threading
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from math import inf
 from time import monotonic
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, cast
 
 import structlog
 from celery import bootsteps
@@ -24,12 +24,13 @@ from celery.worker import state
 
 from worker.config import Settings, settings
 from worker.ledger.errors import Interrupted, SuspiciousBatch
-from worker.ledger.outcomes import Applied, Delivery, Locked, Outcome, Undecided
+from worker.ledger.outcomes import Applied, Locked, Outcome, Undecided
 from worker.ledger.settle import Ledger
 from worker.ledger.store import stripe_of
 
 from .intake import Intake, Item
-from .patience import LOOK_EVERY, Patience, WaitingRoom
+from .patience import LOOK_EVERY
+from .waiting import ABSENT, SLOW, Look, Part, Seen, Waiting
 
 log = structlog.get_logger(__name__)
 
@@ -42,50 +43,8 @@ BATCH_BYTES: Final = 16 * 1024 * 1024
 #: Messages a worker may have in hand, if two batches are not more: a fetch for the next batch, and one behind it.
 LEAST_PREFETCH: Final = 1000
 
-#: Seconds between two looks at patience after which this process must have been frozen, or without a connection.
-ABSENT: Final = 4 * LOOK_EVERY
-
-#: Seconds between two looks at whether accounts are still locked, and, while batches follow each other without a pause,
-#: between two looks at what waiting burns' accounts hold: one look at ten thousand of them takes a tenth of a second.
-LOOK_SELDOM: Final = 4 * LOOK_EVERY
-
 #: How often a message was given back by dead workers before it is applied alone.
 SUSPECT: Final = 2
-
-
-class Part:
-    """What of one message goes into one batch: all of it, or one event that waited."""
-
-    __slots__ = ("deadline", "deliveries", "grace", "item", "places")
-
-    def __init__(self, item: Item, deliveries: list[Delivery], places: list[int]) -> None:
-        self.item = item
-        self.deliveries = deliveries
-        self.places = places
-        self.deadline: float | None = None
-        self.grace = 0.0
-
-    @property
-    def events(self) -> int:
-        """How many rows it may become. A letter is a row like any other."""
-        return len(self.deliveries) + len(self.item.work.letters)
-
-    @property
-    def user_id(self) -> str:
-        """Whose account the one event waits for."""
-        return self.deliveries[0].event.user_id
-
-    def finally_(self) -> None:
-        """No more patience: too small a balance is the answer now."""
-        self.deliveries = [delivery._replace(final=True) for delivery in self.deliveries]
-
-
-class Settled(NamedTuple):
-    """What the ledger's thread brings back."""
-
-    outcomes: list[Outcome]
-    covered: list[Part]  # burns that waited, and for which there is an answer now
-    unlocked: set[str]  # accounts that were locked
 
 
 class Batcher:
@@ -97,19 +56,14 @@ class Batcher:
         stripe = stripe_of(socket.gethostname(), os.getpid(), settings.stripes)
         self._ledger = Ledger(settings, stripe=stripe, stop=self._stop, degraded=self._on_degraded)
         self._thread = ThreadPoolExecutor(1, "ledger")
-        self._running: Future[Settled] | None = None
+        self._running: Future[list[Outcome]] | Future[Seen] | None = None
         self._batch: list[Part] = []
+        self._looking: Look | None = None  # what runs is a look, and no batch
         self._began = 0.0
         self._unread: deque[Any] = deque()  # messages in order of arrival, and overdue burns behind them
         self._queue: deque[Part] = deque()
         self._queued = 0  # events
-        self._patience: Patience[Part] = Patience(settings.burn_patience)
-        self._locked: WaitingRoom[Part] = WaitingRoom()
-        self._said_locked = False
-        self._ticked = monotonic()
-        self._look = False  # at what waiting burns' accounts hold, with the next batch
-        self._look_due = 0.0  # when to look even though the ledger has other things to do
-        self._locked_due = 0.0  # when to look at what is locked
+        self._waiting = Waiting(settings)
         self._finished: deque[tuple[Item, float]] = deque()  # with the seconds it took
         self._bytes = 0
         self._degraded: str | None = None
@@ -130,9 +84,8 @@ class Batcher:
         """
         self._channel = consumer.task_consumer.channel
         self._intake.attach(consumer)
-        waited = [*self._patience.take_all(), *self._locked.take_all()]
-        for item in {part.item: None for part in waited}:
-            self._bytes -= item.size
+        for item in {part.item: None for part in self._waiting.take_all()}:
+            self._let_go(item)
             self._intake.forget(item)
         self._paused = ""
         consumer.hub.add_reader(self._ears, self._on_bell)
@@ -187,35 +140,31 @@ class Batcher:
         self._mind_intake()
 
     def _tick(self) -> None:
-        now = monotonic()
-        absent, self._ticked = now - self._ticked > ABSENT, now
-        if absent or self._degraded or self._suspended:
-            self._patience.begin_again()
-            for part in (*self._batch, *self._queue):
-                part.deadline = None
-        for part in self._patience.take_overdue():
-            part.finally_()
-            self._unread.append(part)  # behind all that was fetched by now
+        overdue = self._waiting.overdue(
+            stalled=bool(self._degraded) or self._suspended or self._stalled(), elsewhere=[*self._batch, *self._queue]
+        )
+        self._unread.extend(overdue)  # behind all that was fetched by now
         self._read()
-        self._look = self._look or self._running is None or self._ticked >= self._look_due
         self._begin_batch()
 
+    def _stalled(self) -> bool:
+        """Whether the ledger waits for something: a lock, a server that is frozen. Then little can be fetched."""
+        longest = ABSENT + SLOW * sum(part.events for part in self._batch)
+        return self._running is not None and monotonic() - self._began > longest
+
     def _begin_batch(self) -> None:
-        """Have the ledger decide what is next, and look what became of that which waits, if it is time for that."""
+        """Have the ledger do what is next: look what became of that which waits, if it is time for that, or decide."""
         if self._running is not None or self._suspended or self._stop.is_set():
             return
         self._began = monotonic()
-        burns = list(self._patience) if self._look else []
-        locked = list(self._locked.users) if self._began >= self._locked_due else []
-        self._batch = self._next_parts()
-        self._look = False
-        if not self._batch and not burns and not locked:
+        self._looking = self._waiting.look(idle=not self._queue, anyway=bool(self._degraded))
+        if self._looking:
+            self._running = self._thread.submit(self._look, self._looking)
+        elif parts := self._next_parts():
+            self._batch = parts
+            self._running = self._thread.submit(self._settle, parts)
+        else:
             return
-        if burns:
-            self._look_due = inf
-        if locked:
-            self._locked_due = inf
-        self._running = self._thread.submit(self._settle, self._batch, burns, locked)
         self._running.add_done_callback(lambda _: self._ring())
 
     def _next_parts(self) -> list[Part]:
@@ -226,31 +175,33 @@ class Batcher:
         events = size = 0
         while self._queue:
             part = self._queue[0]
-            suspect = part.item.restores >= SUSPECT
-            more = 0 if parts and parts[-1].item is part.item else part.item.size
+            same = bool(parts) and parts[-1].item is part.item
+            more = 0 if same else part.item.size
             full = events + part.events > self._settings.batch_size or size + more > BATCH_BYTES
-            if parts and (suspect or full):
+            if parts and (full or (not same and (_suspect(part) or _suspect(parts[-1])))):
                 break
             self._queue.popleft()
             self._queued -= part.events
-            if self._locked and not self._hold_locked(part):
+            if not self._waiting.keep_locked(part):
                 continue
             events += part.events
             size += more
             parts.append(part)
-            if suspect:
-                if not part.item.alone:
-                    self._tell()  # whom it kills with it must not be those that are decided
-                    self._intake.try_alone(part.item)
-                break
+            if _suspect(part) and not part.item.alone:
+                self._tell()  # whom it kills with it must not be those that are decided
+                self._intake.try_alone(part.item)
         return parts
 
     def _finish_batch(self) -> None:
+        """Take in what the ledger has done."""
         assert self._running is not None
-        future, batch = self._running, self._batch
-        self._running, self._batch = None, []
+        running, batch, look = self._running, self._batch, self._looking
+        self._running, self._batch, self._looking = None, [], None
+        if look:
+            self._requeue(self._waiting.seen(look, cast(Seen, running.result())))
+            return
         try:
-            settled = future.result()
+            outcomes = iter(cast(list[Outcome], running.result()))
         except Interrupted:
             self._requeue(batch)
             return
@@ -258,84 +209,41 @@ class Batcher:
             self._suspend(batch, suspicion)
             return
         accrued: list[str] = []
-        outcomes = iter(settled.outcomes)
         for part in batch:
             self._settled(part, outcomes, accrued)
-        self._say_what_is_locked()
-        self._requeue(self._patience.take_these(settled.covered))
+        self._waiting.say_what_is_locked()
         for user_id in accrued:
-            self._requeue(self._patience.take(user_id))
-        for user_id in settled.unlocked:
-            self._requeue(self._locked.take(user_id))
-        next_look = monotonic() + LOOK_SELDOM  # from now on: a look that takes long must not be followed by the next
-        self._look_due, self._locked_due = min(self._look_due, next_look), min(self._locked_due, next_look)
+            self._requeue(self._waiting.accrued(user_id))
 
-    def _settled(self, part: Part, outcomes: Any, accrued: list[str]) -> None:
+    def _settled(self, part: Part, outcomes: Iterator[Outcome], accrued: list[str]) -> None:
         item = part.item
         for delivery, place in zip(part.deliveries, part.places, strict=True):
             outcome = next(outcomes)
             if isinstance(outcome, Locked):
-                self._hold(item, delivery, place)
+                self._waiting.for_lock(item, delivery, place)
                 continue
             if isinstance(outcome, Undecided):
-                self._patience.add(part if len(part.places) == 1 else Part(item, [delivery], [place]))
-                self._set_aside(item)
+                self._waiting.for_tokens(item, delivery, place, part)
                 continue
             item.work.outcomes[place] = outcome
             if isinstance(outcome, Applied) and not outcome.repeated and delivery.event.type == "accrual":
                 accrued.append(delivery.event.user_id)
         item.work.letters.clear()
         if item.finished:
-            self._bytes -= item.size
+            self._let_go(item)
             self._finished.append((item, monotonic() - self._began))
         elif item.alone:
             self._intake.try_alone(item, -item.alone)  # survived: what it waits for may be behind the culprit
+
+    def _let_go(self, item: Item) -> None:
+        """Its bytes are no longer in hand. Nothing happens the second time."""
+        self._bytes -= item.size
+        item.size = 0
 
     def _tell(self) -> None:
         """Acknowledge what is decided, and say so to Flower."""
         while self._finished:
             self._intake.finish(*self._finished.popleft())
-
-    def _hold_locked(self, part: Part) -> bool:
-        """Set aside what of a part concerns accounts that are known to be locked; whether anything is left of it."""
-        kept: list[tuple[Delivery, int]] = []
-        for delivery, place in zip(part.deliveries, part.places, strict=True):
-            if delivery.event.user_id in self._locked.users:
-                self._hold(part.item, delivery, place)
-            else:
-                kept.append((delivery, place))
-        part.deliveries = [delivery for delivery, _ in kept]
-        part.places = [place for _, place in kept]
-        return part.events > 0
-
-    def _hold(self, item: Item, delivery: Delivery, place: int) -> None:
-        """Let an event wait for its account to be unlocked. Patience, if any was spent, begins anew after that, as no
-        accrual could come before, and lasts longer: another worker that has it may look later than we.
-        """
-        part = Part(item, [delivery._replace(final=delivery.final and self._settings.burn_patience == 0)], [place])
-        part.grace = LOOK_SELDOM + self._settings.lock_timeout
-        self._locked.add(part)
-        self._set_aside(item)
-
-    def _set_aside(self, item: Item) -> None:
-        """What waits does not count against prefetch: a thousand burns must not keep their accruals out."""
-        if set_aside := getattr(item.message.channel.qos, "set_aside", None):
-            set_aside(item.message.delivery_tag)
-
-    def _say_what_is_locked(self) -> None:
-        """Once when it begins and once when it is over, however often anything is tried meanwhile."""
-        if self._said_locked == bool(self._locked):
-            return
-        self._said_locked = bool(self._locked)
-        if self._said_locked:
-            log.warning(
-                "accounts locked by another session, their events wait and all others go on",
-                accounts=len(self._locked.users),
-                events=len(self._locked),
-                user_id=next(iter(self._locked.users)),
-            )
-        else:
-            log.info("no account is locked by another session any more")
 
     def _suspend(self, batch: list[Part], suspicion: SuspiciousBatch) -> None:
         self._suspended = True
@@ -347,7 +255,7 @@ class Batcher:
     def _mind_intake(self) -> None:
         """Fetch no more than can be decided: nothing while the database is away, or while enough is in hand."""
         away = bool(self._degraded) or self._suspended
-        enough = bool(self._unread) or self._patience.full or self._locked.full or self._bytes > MOST_BYTES
+        enough = bool(self._unread) or self._waiting.full or self._bytes > MOST_BYTES
         paused = "at once" if away else "soon" if enough else ""
         if paused != self._paused and hasattr(self._channel, "pause"):
             self._paused = paused
@@ -380,12 +288,10 @@ class Batcher:
         """Put all that is undecided back where it came from, in its old order; it does not count as a death."""
         overdue = [part for part in self._unread if isinstance(part, Part)]
         unread = [message for message in self._unread if not isinstance(message, Part)]
-        waiting = [*self._patience.take_all(), *self._locked.take_all()]
-        items = {id(part.item): part.item for part in [*self._queue, *overdue, *waiting]}
+        items = {id(part.item): part.item for part in [*self._queue, *overdue, *self._waiting.take_all()]}
         ordered = sorted(items.values(), key=lambda item: item.number)
         self._queue.clear()
         self._unread.clear()
-        self._said_locked = False
         self._bytes = self._queued = 0
         if not ordered and not unread:
             return
@@ -394,16 +300,20 @@ class Batcher:
 
     # In the ledger's thread
 
-    def _settle(self, batch: list[Part], burns: list[Part], locked: list[str]) -> Settled:
-        """The outcomes of all deliveries of `batch`, and what of all that waits need wait no longer."""
+    def _settle(self, batch: list[Part]) -> list[Outcome]:
+        """The outcomes of all deliveries of `batch`."""
         deliveries = [delivery for part in batch for delivery in part.deliveries]
         letters = [letter for part in batch for letter in part.item.work.letters]
-        outcomes = self._ledger.settle(deliveries, letters, set_aside=True) if deliveries or letters else []
-        covered = self._ledger.covered([part.deliveries[0] for part in burns]) if burns else []
-        return Settled(
-            outcomes,
-            [part for part, is_covered in zip(burns, covered, strict=True) if is_covered],
-            self._ledger.unlocked(locked) if locked else set(),
+        return self._ledger.settle(deliveries, letters, leave_locked=True)
+
+    def _look(self, look: Look) -> Seen:
+        """What of all that waits need wait no longer."""
+        if not look.burns and not look.locked:
+            self._ledger.probe()
+        covered = self._ledger.covered([part.deliveries[0] for part in look.burns]) if look.burns else []
+        return Seen(
+            [part for part, is_covered in zip(look.burns, covered, strict=True) if is_covered],
+            self._ledger.unlocked(look.locked) if look.locked else set(),
         )
 
     def _on_degraded(self, trouble: str | None) -> None:
@@ -414,6 +324,10 @@ class Batcher:
         """Wake the event loop, from any thread. A full pipe has woken it already."""
         with suppress(BlockingIOError):
             self._bell.send(b"!")
+
+
+def _suspect(part: Part) -> bool:
+    return part.item.restores >= SUSPECT
 
 
 class Batching(bootsteps.StartStopStep):

@@ -171,15 +171,20 @@ class Intake:
             by_channel.setdefault(id(message.channel), []).append(message)
         for group in by_channel.values():
             qos = group[0].channel.qos
+            tags = [message.delivery_tag for message in group]
             try:
                 if hasattr(qos, "hand_back"):
-                    qos.hand_back([message.delivery_tag for message in group])
+                    qos.hand_back(tags)
                 else:
                     for message in reversed(group):
                         message.requeue()
-            except Exception as error:  # noqa: BLE001 - Redis may be away; then the visibility timeout brings them back
+            except Exception as error:  # noqa: BLE001 - Redis may be away, or refuse
+                if hasattr(qos, "give_up"):
+                    qos.give_up(tags)
                 log.warning(
-                    "could not put messages back, the visibility timeout will", messages=len(group), reason=str(error)
+                    "could not put messages back: they go when Redis takes them, or after the visibility timeout",
+                    messages=len(group),
+                    reason=str(error),
                 )
 
     def _refused(self, message: Any, headers: dict[str, Any], body: bytes, call: Any, no: Unreadable) -> Item:

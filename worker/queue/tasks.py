@@ -59,11 +59,6 @@ class Work:
     letters: list[Letter] = field(default_factory=list)
     outcomes: list[Outcome | None] = field(default_factory=list)
 
-    @property
-    def events(self) -> int:
-        """How many events the message holds."""
-        return len(self.outcomes)
-
     def refuse(self, letter: Letter) -> None:
         """The next event has no outcome but a dead letter."""
         self.letters.append(letter)

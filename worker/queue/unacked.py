@@ -43,10 +43,6 @@ class QoS(stock.QoS):
         if tag in self._delivered and tag not in self._dirty:
             self._aside.add(tag)
 
-    def take_back(self, tag: str) -> None:
-        """Count a message that was set aside against prefetch again."""
-        self._aside.discard(tag)
-
     def held(self) -> list[str]:
         """The tags of all messages that are neither acknowledged nor given back, oldest first."""
         return [tag for tag in list(self._delivered) if tag not in self._dirty]
@@ -82,7 +78,7 @@ class QoS(stock.QoS):
                 # Those before it are decided: were Redis not told, they would be blamed for what this one does.
                 self.channel.settle()
                 self.channel.count(ALONE + fingerprint, by)
-            else:
+            elif by := -min(-by, self._alone.get(tag, 0)):  # what was not counted, or was forgiven, is not again
                 self.channel.owed.forgive(fingerprint, -by)
             self._alone[tag] = self._alone.get(tag, 0) + by
 
@@ -113,6 +109,14 @@ class QoS(stock.QoS):
         for tag in self.put_back(ordered, "RPUSH"):
             self._let_go(tag)
         return len(ordered)
+
+    def give_up(self, tags: Iterable[str]) -> None:
+        """Let go of messages that Redis would not take back: they go back, uncounted, as soon as it does."""
+        wanted = set(tags) - self._dirty
+        ordered = [tag for tag in self._delivered if tag in wanted]
+        self.channel.owed.give_back(ordered)
+        for tag in ordered:
+            self._let_go(tag)
 
     def put_back(self, tags: list[str], push: str) -> Iterator[str]:
         """Yield each tag once it is back; newest first, as each ends up in front of those before it."""
