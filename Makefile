@@ -10,9 +10,18 @@
 BIN := .venv/bin
 PYTHON_OF_ATHERIS := python3.11
 FUZZ_SECONDS ?= 60
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 LOCK := $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --no-config \
 	--no-emit-index-url --no-emit-find-links --no-header --quiet --python-version 3.11 $(ARGS)
+
+# pip, and on a terminal how far it is, for this takes half a minute. What it says of trouble it says in any case.
+watched = if [ -t 1 ]; then \
+		rm -f .venv/failed; { $(1) || echo $$? > .venv/failed; } | awk -v all="$$(grep -c '^[a-z].*==' $(lastword $(1)))" ' \
+			/^(Collecting|Ignoring|Requirement already)/ { printf "\r  %d of %d packages", ++n, all; fflush() } \
+			/^Installing collected/ { printf ", unpacking them"; fflush() } \
+			END { print "" }'; \
+		test ! -e .venv/failed; \
+	else $(1) --quiet; fi
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target what; do \
@@ -87,14 +96,14 @@ clean: ## remove .venv and every cache; the data of `make run` in .tokentrail st
 
 .venv/runtime: .venv/made-in requirements.lock pyproject.toml
 	@echo "Installing what requirements.lock names"
-	@$(PIP) --require-hashes --requirement requirements.lock
-	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(call watched,$(PIP) --require-hashes --requirement requirements.lock)
+	@$(PIP) --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/development: .venv/made-in requirements-dev.lock pyproject.toml
 	@echo "Installing what requirements-dev.lock names"
-	@$(PIP) --require-hashes --requirement requirements-dev.lock
-	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(call watched,$(PIP) --require-hashes --requirement requirements-dev.lock)
+	@$(PIP) --quiet --no-deps --no-build-isolation --editable .
 	@touch .venv/runtime $@
 
 # A .venv works only where it was made and as long as its Python is there; else it is made again.

@@ -235,7 +235,9 @@ def test_where_there_is_no_make_the_commands_of_the_readme_do_the_same(copied, t
     (block,) = (block for block in blocks("sh") if block.text.startswith(BY_HAND))
     _, *installing, last = block.text.splitlines()
     rule = re.search(r"^\.venv/runtime:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    assert [line.partition(" pip install ")[2] for line in installing] == re.findall(r"\$\(PIP\) (.*)", rule)
+    assert [line.partition(" pip install ")[2] for line in installing] == re.findall(
+        r"\$\(PIP\)(?: --quiet)? ([^)\n]*)", rule
+    )
     assert last.split() == started_by_make_run()
 
     python = tmp_path / "python3"
