@@ -414,6 +414,22 @@ def test_requeue_serves_a_message_last_and_reject_forgets_it(broker_url, broker)
         assert consumer.numbers == [0, 1, 2, 0]
 
 
+def test_what_is_given_up_goes_back_when_redis_takes_it_and_is_no_longer_kept_alive(broker_url, broker):
+    originals = [message(number) for number in range(4)]
+    push(broker, *originals)
+    with consuming(broker_url) as consumer:
+        got = consumer.drain_until(4)
+        consumer.channel.pause()
+        consumer.channel.qos.give_up([got[3].delivery_tag, got[1].delivery_tag])
+        assert consumer.channel.qos.held() == [got[at].delivery_tag for at in (0, 2)]
+        consumer.turn()
+        assert listed(broker) == [originals[1], originals[3]]
+        consumer.channel.resume()
+        consumer.drain_until(6)
+        assert consumer.numbers[4:] == [1, 3]
+        assert envelope.RESTORES_HEADER not in consumer.messages[4].headers
+
+
 def test_a_message_set_aside_takes_no_prefetch_and_stays_held(broker_url, broker):
     push(broker, *map(message, range(6)))
     with consuming(broker_url, prefetch=2) as consumer:
@@ -458,7 +474,10 @@ def test_what_a_lost_connection_brought_unread_comes_again_at_once_and_uncounted
 
 def test_deaths_are_counted_of_workers_that_had_a_message_alone_and_did_not_give_it_back(broker_url, broker):
     push(broker, message(1))
-    lives = [(0, "dies"), (0, "dies alone"), (1, "gives back"), (1, "dies alone"), (2, "closes"), (2, "acknowledges")]
+    lives = [
+        *[(0, "dies"), (0, "dies alone"), (1, "gives back"), (1, "gives back late"), (1, "dies alone")],
+        *[(2, "closes"), (2, "acknowledges")],
+    ]
     for deaths, outcome in lives:
         with consuming(broker_url, visibility_timeout=10) as consumer:
             consumer.channel.qos.restore_visible()
@@ -470,6 +489,10 @@ def test_deaths_are_counted_of_workers_that_had_a_message_alone_and_did_not_give
                 got.ack()
             elif outcome == "gives back":
                 consumer.channel.qos.count_alone(got.delivery_tag, -1)
+            elif outcome == "gives back late":
+                consumer.channel.do_restore = False  # as when Redis is away
+                consumer.channel.qos.restore_unacked_once()
+                consumer.channel.qos.count_alone(got.delivery_tag, -1)  # which was taken back by the closing
             elif outcome != "closes":
                 consumer.abandon()
         age(broker)
