@@ -24,6 +24,8 @@ NOBODY = 65_534
 SAID = 120
 #: Seconds after which something hangs.
 PATIENCE = 900
+#: make hands Ctrl-C on as it got it; where the signal is ignored, as after nohup, `tokentrail up` ends with 0 for it.
+ENDED_BY_CTRL_C = (0, -signal.SIGINT)
 
 
 def main() -> int:
@@ -65,9 +67,11 @@ def main() -> int:
         print(f"From git clone to the first history: {seconds:.0f} s, with {python[1] if python else 'a Python'}.")
         if seconds > SAID:
             print(f"README says {SAID} s.")
+        if code not in ENDED_BY_CTRL_C:
+            print(f"make run ended with {code} after Ctrl-C.")
         if left:
             print(f"Still running: {left}")
-        return 1 if code or left else 0
+        return 1 if code not in ENDED_BY_CTRL_C or left else 0
 
 
 def shown(log: Path, running: subprocess.Popen[bytes], words: str, began: float) -> None:
