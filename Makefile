@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test test-matrix newcomer check gate chaos fuzz fuzz-decoder bench lock compose-env system-packages clean
+.PHONY: help run test test-matrix newcomer check gate chaos fuzz fuzz-decoder bench client lock compose-env system-packages clean
 
 BIN := .venv/bin
 PYTHON_OF_ATHERIS := python3.11
@@ -72,6 +72,10 @@ fuzz-decoder: .venv/development .venv-fuzz/made ## the decoder alone, for FUZZ_S
 
 bench: .venv/development ## measure, beside the worker that most people would write
 	@$(BIN)/python -m bench $(ARGS)
+
+client: .venv/runtime ## the wheel with which other Python projects send events, in dist/
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir dist ./client
+	@ls -t dist/tokentrail_client-*.whl | head -n 1
 
 lock: .venv/development ## write both lock files anew for pyproject.toml; ARGS=--upgrade for newer versions
 	@$(LOCK) --group build --output-file requirements.lock

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -178,6 +178,19 @@ class Accrual(_Event):
     type: Literal["accrual"] = "accrual"
     source: Label
 
+    if TYPE_CHECKING:  # what may be given: the fields' own types are what it becomes
+
+        def __init__(
+            self,
+            *,
+            user_id: str,
+            amount: str | int | Decimal,
+            idempotency_key: str,
+            source: str,
+            occurred_at: datetime | str | None = None,
+            metadata: dict[str, Any] | None = None,
+        ) -> None: ...
+
     @property
     def what(self) -> str:
         """Where the tokens come from."""
@@ -189,6 +202,19 @@ class Burn(_Event):
 
     type: Literal["burn"] = "burn"
     action: Label
+
+    if TYPE_CHECKING:  # what may be given: the fields' own types are what it becomes
+
+        def __init__(
+            self,
+            *,
+            user_id: str,
+            amount: str | int | Decimal,
+            idempotency_key: str,
+            action: str,
+            occurred_at: datetime | str | None = None,
+            metadata: dict[str, Any] | None = None,
+        ) -> None: ...
 
     @property
     def what(self) -> str:

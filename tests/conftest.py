@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
+import producer as another
 import psycopg
 import pytest
 import redis
@@ -208,6 +209,13 @@ def requires_program() -> Callable[..., str]:
         return found
 
     return find
+
+
+@pytest.fixture(scope="session")
+def producer(tmp_path_factory, requires_program) -> another.Producer:
+    """Another project, which has installed the client's wheel."""
+    requires_program("make")
+    return another.made(tmp_path_factory.mktemp("producer"))
 
 
 @contextlib.contextmanager
