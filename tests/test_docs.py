@@ -31,7 +31,6 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from schema.events import Accrual, Burn, event_json
-from worker import settings_page
 from worker.cli import app as cli
 from worker.cli.examples import EXAMPLES, EXIT_CODES
 from worker.config import Settings, settings
@@ -440,7 +439,9 @@ def test_noted_heads_name_the_accounts_whose_chain_was_rewritten_to_its_end(data
 
 
 def test_configuration_page_is_current():
-    assert page("configuration.md") == settings_page.page(), "python -m worker.settings_page > docs/configuration.md"
+    program = "docs/configuration.py"
+    written = subprocess.run([sys.executable, program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert page("configuration.md") == written, f"python {program} > docs/configuration.md"
 
 
 def test_every_address_in_the_documents_answers(system):
@@ -481,9 +482,22 @@ def test_architecture_names_every_layer_of_imports():
 
 
 def test_links_between_the_documents_lead_somewhere():
+    """To a page, and to a heading of it where they name one."""
+    anchored = 0
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", document.read_text()):
+            there = document.parent / target if target else document
+            assert there.exists(), f"{document.name}: {target}"
+            if anchor:
+                assert anchor in anchors(there), f"{document.name}: {target}#{anchor}"
+                anchored += 1
+    assert anchored
+
+
+def anchors(page):
+    """What GitHub calls a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_an_event_costs_the_bytes_that_the_migration_page_says(database_url, monkeypatch):

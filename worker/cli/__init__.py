@@ -11,6 +11,7 @@ publish.py    publish
 reading.py    history, receipt, supply
 dead_letters.py  dead-letters
 configured.py settings
+usage.py      how a command refuses what it was given
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """From Redis to a batch. Read in this order:
 
-transport.py      kombu's Redis transport, popping and recording in one step (with envelope, fetching, scripts, …)
+transport.py      kombu's Redis transport, popping and recording in one step; its parts are
+                  fetching, unacked, polling, owed, envelope, scripts and lua/
 consumer.py       the one door through which every message comes
 undeliverable.py  which messages become dead letters before they are read
 tasks.py          from a message to deliveries: what a producer may call

@@ -1,7 +1,4 @@
-"""docs/configuration.md, written from the settings themselves:
-
-python -m worker.settings_page > docs/configuration.md
-"""
+"""`python docs/configuration.py > docs/configuration.md`: the page, written from the settings themselves."""
 
 from __future__ import annotations
 
@@ -67,7 +64,7 @@ them only together with the tests. Flower reads its own variables, such as `FLOW
 password. Who else can reach it is in [operating](operating.md#who-may-look).
 
 ---
-This page is written by `python -m worker.settings_page > docs/configuration.md`; a test holds it current.
+This page is written by `python docs/configuration.py > docs/configuration.md`; a test holds it current.
 """
 
 
