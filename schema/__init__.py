@@ -6,7 +6,8 @@
     tables.py     what PostgreSQL holds, constraints included
     answers.py    what the read endpoint answers
     publisher.py  how a Python producer sends events
+    addresses.py  whether an address of a server can be read; how it is shown without its secrets
 
-Imports inside are relative and nothing here imports the worker, so that events.py and
-publisher.py can also be built as a small package for producers.
+Imports inside are relative and nothing here imports the worker, so that client/ can make of
+publisher.py, and what it imports, a small package for producers.
 """

@@ -552,6 +552,21 @@ def test_every_command_and_group_shows_examples_that_it_understands():
     assert EXIT_CODES in help_of()
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_every_command_within_a_sentence_is_one_that_there_is(document):
+    """Where it is whole, its options and arguments too."""
+    prose = FENCE.sub("", document.read_text())
+    program = get_command(cli)
+    for said in re.findall(r"`([^`]+)`", re.sub(r"\bID\b", "17", prose)):
+        words = shlex.split(said.partition("tokentrail ")[2]) if re.search(r"(^|\s)tokentrail ", said) else []
+        if not words:
+            continue
+        if words[0].startswith("--"):
+            assert words[0] in help_of(), said
+        elif " ".join(words) not in EXAMPLES:
+            assert understood(program, "tokentrail", *words) in {f"tokentrail {each}" for each in EXAMPLES}, said
+
+
 def understood(command, name, *arguments, parent=None):
     """What is called, such as `tokentrail migrate status`. Raises TyperException where a word of it is wrong."""
     with command.make_context(name, list(arguments), parent=parent) as context:

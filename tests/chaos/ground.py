@@ -35,9 +35,9 @@ LONG = os.environ.get("TOKENTRAIL_CHAOS") == "long"
 #: Seconds without a sign of life after which messages of a dead worker go back. They are looked for twice as often.
 VISIBILITY_TIMEOUT = 1
 
-#: What design.md promises of a burn that is delivered ahead of its accrual: it waits `burn_patience` seconds in its
-#: worker. An accrual in the hands of a worker that dies comes back after the visibility timeout plus the interval
-#: of looking for the dead, to whoever is alive: so here patience outlasts two of these.
+#: Seconds that a burn which is delivered ahead of its accrual waits in its worker. An accrual in the hands of a worker
+#: that dies comes back after the visibility timeout plus the interval of looking for the dead, to whoever is alive: so
+#: here patience outlasts two of these.
 BURN_PATIENCE = 4
 
 #: Seconds for which both queue and `unacked` have to be empty before what has no outcome counts as lost.

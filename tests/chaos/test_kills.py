@@ -22,9 +22,9 @@ WORK = 0.4
 def kill_again_and_again(ground, books, processes, **settings):
     """Publish a portion, kill a worker at a random instant of its work, let another go on; and so on.
 
-    What design.md promises of burns is bounded by `burn_patience`. An accrual can be in dying hands several times in a
-    row, and then behind a thousand messages that were restored twice, and are applied one by one, in another worker
-    than its burn: so patience is as long here as it can be set.
+    A burn waits no longer than `burn_patience` for its accrual. That can be in dying hands several times in a row, and
+    then behind a thousand messages that were restored twice, and are applied one by one, in another worker than its
+    burn: so patience is as long here as it can be set.
     """
     events = books.messages_for(MESSAGES)
     portion = -(-len(events) // KILLS)
