@@ -536,6 +536,21 @@ def test_of_new_accounts_only_the_one_that_somebody_is_stuck_opening_is_locked(w
     assert ledger.unlocked(["user-07"]) == {"user-07"}
 
 
+def test_a_new_account_that_the_database_refuses_is_not_taken_for_a_locked_one(watched, owner, background):
+    """What looks for the locked ones opens the new ones, and meets the refusal."""
+    owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
+    owner.execute("ALTER TABLE account ADD CONSTRAINT mistake CHECK (user_id <> 'bad')")
+    ledger = watched(lock_timeout=0.1)
+    batch = sent(*(accrual(user, 1, "a") for user in ("cid", "bad", "ann", "dan")))
+    with holding(owner, "ann"):
+        outcomes = background(ledger.settle, batch, leave_locked=True).result(PATIENCE)
+        assert told([outcomes[0], outcomes[3]]) == ["applied #1: 0 → 1"] * 2
+        assert isinstance(outcomes[1], DeadLettered)
+        assert outcomes[2] == Locked("ann")
+        assert ledger.unlocked(["ann", "bad"]) == {"bad"}
+    assert ledger.unlocked(["ann"]) == {"ann"}
+
+
 def test_a_batch_that_is_cut_decides_no_event_before_an_earlier_one_of_its_account(watched, owner, url, monkeypatch):
     """The account is locked when it is the first half's turn, and free again when it is the second's."""
     owner.execute("INSERT INTO account (user_id) VALUES ('ann')")

@@ -166,9 +166,9 @@ class Ledger:
     def _held(self, users: Sequence[str]) -> dict[str, str]:
         """In whose hands those of the accounts are that are in somebody's. They are opened, so that they can be."""
         self._end_frozen()
-        store.open_accounts_within(self.connection(), users, OPENING)
+        refused = store.open_accounts_within(self.connection(), users, OPENING)
         found = store.holders(self.connection(), users)
-        holders = {user_id: found.get(user_id, _OPENED) for user_id in users}
+        holders = {user_id: found.get(user_id, _OPENED) for user_id in users if user_id not in refused}
         return {user_id: holder for user_id, holder in holders.items() if holder is not None}
 
     def _end_frozen(self) -> None:

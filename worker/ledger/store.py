@@ -14,13 +14,15 @@ from decimal import Decimal
 from typing import Any, Final, NamedTuple
 from zlib import crc32
 
+import psycopg
 from psycopg import Connection, Cursor
-from psycopg.errors import LockNotAvailable
 
+from .errors import LOCK_NOT_AVAILABLE, caused_by_event
 from .outcomes import Applied, Decision, Delivery, Rejected
 from .rules import Reason
 
-#: Tries to open accounts that somebody else is opening: three that are stuck are found among 500 new ones.
+#: Tries to open accounts that fail, for somebody else is opening them or the database refuses one: three such are found
+#: among 500 new ones.
 MOST_IN_VAIN: Final = 25
 
 
@@ -66,8 +68,9 @@ def open_accounts(cursor: Cursor[Any], users: Sequence[str]) -> None:
     )
 
 
-def open_accounts_within(connection: Connection[Any], users: Sequence[str], seconds: float) -> None:
-    """Make sure that each account exists, but for those that somebody has been opening for longer than `seconds`.
+def open_accounts_within(connection: Connection[Any], users: Sequence[str], seconds: float) -> set[str]:
+    """Make sure that each account exists, but for those that somebody has been opening for longer than `seconds`, and
+    those that the database refuses, which are returned: nobody holds them, and their events will meet the refusal.
 
     Ends in bounded time, before all is tried, when there are many of these or the whole table is locked. The order is
     another one each time, so that who is called again gets further.
@@ -79,6 +82,7 @@ def open_accounts_within(connection: Connection[Any], users: Sequence[str], seco
     missing = [row[0] for row in rows]
     random.shuffle(missing)
     parts = [missing] if missing else []
+    refused = set()
     in_vain = 0
     while parts and in_vain < MOST_IN_VAIN:
         part = parts.pop()
@@ -86,10 +90,16 @@ def open_accounts_within(connection: Connection[Any], users: Sequence[str], seco
             with connection.transaction(), connection.cursor() as cursor:
                 cursor.execute("SELECT set_config('lock_timeout', %s, true)", (f"{round(seconds * 1000)}ms",))
                 open_accounts(cursor, part)
-        except LockNotAvailable:
+        except psycopg.Error as error:
+            if not caused_by_event(error.sqlstate):
+                if error.sqlstate != LOCK_NOT_AVAILABLE:
+                    raise
+            elif len(part) == 1:
+                refused.add(part[0])
             in_vain += 1
             if len(part) > 1:
                 parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+    return refused
 
 
 def lock_accounts(cursor: Cursor[Any], users: Sequence[str]) -> dict[str, Account]:
