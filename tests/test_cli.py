@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import psycopg
 import pytest
@@ -17,6 +18,7 @@ from schema.events import Accrual, Burn, event_json
 from worker import config
 from worker.cli import main
 from worker.config import settings
+from worker.db import ROOT, known_revision
 from worker.embedded.process import free_port
 from worker.ledger.outcomes import Origin
 from worker.ledger.settle import Ledger
@@ -91,6 +93,13 @@ def test_help_names_every_command(tokentrail):
         "settings",
     ):
         assert f" {command} " in out
+
+
+def test_version_says_what_to_name_in_a_report(tokentrail):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = ".".join(map(str, sys.version_info[:3]))
+    said = f"tokentrail {project['version']}, schema {known_revision()}, Python {python}\n"
+    assert tokentrail("--version") == (0, said, "")
 
 
 def test_publish_sends_one_event(tokentrail, queue):

@@ -19,14 +19,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 import sys
-from typing import NoReturn
+from importlib.metadata import version
+from typing import Annotated, NoReturn
 
 import typer
 
 from worker.cli import api, configured, dead_letters, migrate, publish, reading, running, worker
 from worker.cli.examples import show_examples
 from worker.cli.failures import explain
+from worker.db import known_revision
 
 app = typer.Typer(
     name="tokentrail",
@@ -46,6 +49,21 @@ app.command()(reading.supply)
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command("settings")(configured.show)
 show_examples(app)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tokentrail {version('tokentrail')}, schema {known_revision()}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def main() -> NoReturn:
