@@ -207,7 +207,7 @@ class Publisher:
         queues = {self.queue_of(event) for event in events}
         queue = queues.pop() if len(queues) == 1 else self._queue
         users = list(dict.fromkeys(event.user_id for event in events))
-        shown = {"events": f"{len(events)} of {len(users)} users: {', '.join(users[:10])}"}
+        shown = {"events": f"{len(events)}, of {', '.join(users[:10])}{', …' if users[10:] else ''}"}
         kwargs = f'{{"events":[{",".join(map(event_json, events))}]}}'
         message_id, message = self._enveloped("tokens.apply_many", kwargs, repr(shown), queue)
         self._push(queue, [message], events)

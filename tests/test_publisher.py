@@ -114,11 +114,14 @@ def test_arguments_shown_in_flower_are_filled_and_short(broker_url, client):
         publisher.publish(burn(amount="0.0000001"))
         publisher.publish(burn(user_id="u" * 128, idempotency_key="k" * 200, action="a" * 200))
         publisher.publish_bulk([burn(n, user_id=f"user-{n}") for n in range(1000)])
+        publisher.publish_bulk([burn(n) for n in range(3)])
 
-    short, long, bulk = (message["headers"]["kwargsrepr"] for message in taken(client))
+    short, long, bulk, small = (message["headers"]["kwargsrepr"] for message in taken(client))
     assert short == "{'user_id': 'bob', 'amount': '0.0000001', 'idempotency_key': 'call-0', 'action': 'chat'}"
     assert len(long) == 200
-    assert "1000 of 1000 users: user-0, user-1" in bulk
+    assert bulk.startswith("{'events': '1000, of user-0, user-1, ")
+    assert bulk.endswith(", user-9, …'}")
+    assert small == "{'events': '3, of bob'}"
 
 
 def test_events_keep_their_order_across_batches(broker_url, client):
