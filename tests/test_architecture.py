@@ -44,7 +44,7 @@ def test_the_map_in_a_package_names_all_that_is_in_it_and_nothing_else(package):
     said = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
     found_by_pytest = {*package.glob("test_*.py"), package / "conftest.py"}
     modules = {path.stem for path in {*package.glob("[!_]*.py")} - found_by_pytest}
-    inner = {path.name for path in package.iterdir() if path.is_dir() and any(path.glob("[!_.]*"))}
+    inner = {path.name for path in package.glob("[!_.]*") if path.is_dir() and any(path.glob("[!_.]*"))}
     words = set(re.findall(r"\w+", said))
     assert modules - words == set()
     assert {name for name in inner if f"{name}/" not in said} == set()
