@@ -15,10 +15,10 @@ import psutil
 import psycopg
 import pytest
 import redis
-from brokers import Broker
+from brokers import Broker, eventually
 
 from worker import config, embedded
-from worker.embedded import EmbeddedError, PostgresServer, ValkeyServer
+from worker.embedded import EmbeddedError, PostgresServer, ValkeyServer, process
 
 #: A program that has servers and then waits to be killed.
 PROGRAM = """
@@ -170,7 +170,7 @@ def test_servers_that_were_all_killed_come_back_with_what_they_had(server_folder
             with contextlib.suppress(psutil.NoSuchProcess):  # gone already, with the one before it
                 process.kill()
         assert_all_end(processes[:1])
-        with pytest.raises(EmbeddedError, match=r"guard of the embedded servers has ended .*guard\.log\.$"):
+        with pytest.raises(EmbeddedError, match=r"guard of the .* start again; its log is .*guard\.log\.$"):
             pair.check()
     with embedded.servers(server_folder) as pair:
         assert read(pair) == ("a row", b"a message")
@@ -181,8 +181,63 @@ def test_a_server_that_ends_by_itself_is_reported_and_takes_the_other_with_it():
         guard, postgres, valkey = (psutil.Process(pid) for pid in pair.pids)
         valkey.kill()
         assert_all_end([guard, postgres])
-        with pytest.raises(EmbeddedError, match=r"^Valkey has ended by itself; its log is .*valkey\.log\.$"):
+        sentence = (
+            r"^Valkey was killed, by somebody or for want of memory: start again, and stop .* is .*valkey\.log\.$"
+        )
+        with pytest.raises(EmbeddedError, match=sentence):
             pair.check()
+
+
+def test_a_server_that_somebody_stops_is_reported_with_its_last_words_and_its_log_is_kept():
+    def lose_one():
+        with embedded.servers() as pair:
+            guard, postgres, _ = (psutil.Process(pid) for pid in pair.pids)
+            postgres.send_signal(signal.SIGINT)
+            assert_all_end([guard])
+            pair.check()
+
+    with pytest.raises(EmbeddedError) as failure:
+        lose_one()
+    said = str(failure.value)
+    assert said.startswith("PostgreSQL has ended by itself with status 0 (")
+    assert (
+        "database system is shut down): start again, and if that fails mend what it says, or set DATABASE_URL" in said
+    )
+    log = Path(said.rpartition("its log is ")[2].removesuffix("."))
+    assert "received fast shutdown request" in log.read_text()
+    embedded.discard(log.parent.parent)
+
+
+def test_a_server_that_takes_too_long_is_reported_with_what_it_is_at(server_folder, monkeypatch):
+    """One that answers nobody, as one that has much to recover from."""
+    monkeypatch.setattr(process, "START_SECONDS", 0)
+    monkeypatch.setenv("TOKENTRAIL_VALKEY_SERVER", str(server_folder / "valkey-server"))
+    server_folder.mkdir()
+    (server_folder / "valkey-server").write_text("#!/bin/sh\necho Reading RDB file; exec sleep 600\n")
+    (server_folder / "valkey-server").chmod(0o755)
+    server = ValkeyServer(server_folder)
+    server.launch()
+    eventually(lambda: "Reading" in server.log.read_text())
+    sentence = (
+        r"^Valkey did not answer within 0 seconds \(Reading RDB file\): start again when this machine has less to"
+    )
+    with pytest.raises(EmbeddedError, match=sentence):
+        server.wait_until_ready()
+    assert not server.running
+
+
+def test_a_server_stops_at_once_though_we_ignore_the_signal_that_stops_it(server_folder):
+    """As under nohup or in the background of a script; it has no handler of its own yet."""
+    server = PostgresServer(server_folder, durable=False)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for _ in range(3):
+            server.launch()
+            server.stop()
+            assert server.process.returncode != -signal.SIGKILL, "it had to be killed"
+    finally:
+        signal.signal(signal.SIGINT, before)
+        server.kill()
 
 
 def test_a_folder_in_use_is_refused_in_a_sentence_that_names_its_user(server_folder, start_program):
@@ -213,7 +268,9 @@ def test_a_server_that_does_not_start_is_reported_with_its_log_and_last_words(
         (server_folder / name).chmod(0o755)
     monkeypatch.setenv(variable, str(server_folder if server == "PostgreSQL" else server_folder / "valkey-server"))
 
-    with pytest.raises(EmbeddedError, match=f"^{server}.*it is broken") as failure, embedded.servers():
+    advice = "mend what it says, or set DATABASE_URL and BROKER_URL to servers of your own; its log is "
+    sentence = rf"^{server}('s initdb failed| ended with status 3 .*) \(it is broken\): {advice}"
+    with pytest.raises(EmbeddedError, match=sentence) as failure, embedded.servers():
         pass
 
     log = Path(str(failure.value).rpartition("its log is ")[2].removesuffix("."))

@@ -10,12 +10,14 @@ import json
 import os
 import re
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -268,6 +270,37 @@ def test_statement_that_took_too_long(tokentrail, database_url):
     expect(said, 1, "statement timeout): it took too long, so raise TOKENTRAIL_STATEMENT_TIMEOUT.")
 
 
+def test_postgresql_that_has_no_connection_left(tokentrail, database_url):
+    role = f"crowded_{secrets.token_hex(4)}"
+    with psycopg.connect(database_url, autocommit=True) as owner:
+        owner.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'hush' CONNECTION LIMIT 0")
+        try:
+            credentials = urlsplit(database_url).netloc.rpartition("@")[0]
+            said = tokentrail("supply", DATABASE_URL=database_url.replace(credentials, f"{role}:hush", 1))
+        finally:
+            owner.execute(f"DROP ROLE {role}")
+    expect(said, 1, f'too many connections for role "{role}"): raise its limit of connections, or end some of them.')
+
+
+@pytest.mark.parametrize("harm", ["RENAME TO hidden", "RENAME user_id TO hidden"])
+def test_schema_that_lost_something(tokentrail, database_url, harm):
+    with psycopg.connect(database_url, autocommit=True) as owner:
+        owner.execute(f"ALTER TABLE transaction_record {harm}")
+    said = tokentrail("receipt", "alice", "k", DATABASE_URL=database_url)
+    expect(said, 1, "PostgreSQL said no (", "): the schema is not as `tokentrail migrate` left it, so bring back what")
+
+
+def test_postgresql_that_says_what_nobody_expects(tokentrail, database_url):
+    with psycopg.connect(database_url, autocommit=True) as owner:
+        owner.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'not today'; END$$;"
+            "CREATE TRIGGER refuse BEFORE UPDATE ON dead_letter FOR EACH STATEMENT EXECUTE FUNCTION refuse()"
+        )
+    said = tokentrail("dead-letters", "discard", "1", "--reason", "tried", DATABASE_URL=database_url)
+    words = "): its log has the statement and more, so mend what that names, and try again."
+    expect(said, 1, "PostgreSQL said no (not today; CONTEXT: ", words)
+
+
 class _OldPostgreSQL(Proxy):
     """A server that says of itself that it is of 2021: no package of the machine brings one."""
 
@@ -317,6 +350,11 @@ def ended(*arguments, **options):
         **options,
     )
     return process.returncode, process.stderr
+
+
+def test_name_of_a_folder_that_is_too_long():
+    said = ended("up", environment={"TOKENTRAIL_HOME": "/tmp/" + 300 * "x"})
+    expect(said, 1, "Cannot use /tmp/xxx", "(File name too long): choose another place, TOKENTRAIL_HOME names it.")
 
 
 def test_folder_that_cannot_be_used(tmp_path):
@@ -379,7 +417,7 @@ def test_worker_uses_the_servers_of_the_folder_it_is_started_in(database_url, br
 def test_output_that_cannot_be_written(command):
     with Path("/dev/full").open("w") as full:
         said = ended(*command, stdout=full)
-    expect(said, 1, "Cannot write (No space left on device): free some space.")
+    expect(said, 1, "Cannot write (No space left on device): free some space there, or choose another place.")
 
 
 def test_output_that_cannot_say_every_character(database_url):
@@ -530,6 +568,41 @@ def test_port_that_is_taken(tokentrail, database_url):
     expect(said, 1, f"Cannot listen on port {port} of 127.0.0.1: Address already in use. Stop what listens there, or")
 
 
+@pytest.mark.parametrize("what", ["API", "FLOWER"])
+def test_ports_that_are_all_taken(database_url, broker_url, tmp_path, what):
+    """From the last one on there is one."""
+    given = {"DATABASE_URL": database_url, "BROKER_URL": broker_url, "TOKENTRAIL_HOME": str(tmp_path)}
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 65_535)):
+        said = ended("up", environment=given | {f"TOKENTRAIL_{what}_PORT": "65535"})
+    expect(
+        said,
+        1,
+        "No port from 65535 to 65535 is free on 127.0.0.1: stop what listens there, or name another with"
+        f" TOKENTRAIL_{what}_PORT.",
+    )
+
+
+def test_part_of_up_that_does_not_answer(database_url, broker_url, tmp_path):
+    """A minute is too long for a test, and for Flower there is no minute."""
+    given = {"DATABASE_URL": database_url, "BROKER_URL": broker_url, "TOKENTRAIL_HOME": str(tmp_path)}
+    hurried = "import worker.up; worker.up._START_SECONDS = 0; from worker.cli import main; main()"
+    process = subprocess.run(
+        [sys.executable, "-c", hurried, "up"],
+        cwd=ROOT,
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = process.returncode, process.stderr
+    expect(
+        said,
+        1,
+        "flower did not answer within 0 s (http",
+        "refused): mend what the lines above say of it, or start again when",
+    )
+
+
 @pytest.mark.parametrize(
     ("variable", "words"), [("PG_BIN", "There is no initdb in /none"), ("VALKEY_SERVER", "no file")]
 )
@@ -556,26 +629,42 @@ def tiny_disk():
             subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_disk_that_is_full(tokentrail, tiny_disk):
-    """First for PostgreSQL in use, then for one that shall be set up."""
+def fill(folder, but=0):
+    """Leave so many bytes of its file system."""
+    with contextlib.suppress(OSError), (folder / "filling").open("wb", buffering=0) as file:
+        while shutil.disk_usage(folder).free > but:
+            file.write(bytes(min(shutil.disk_usage(folder).free - but, 1 << 16)))
+
+
+def test_disk_that_is_full_for_postgresql_in_use(tokentrail, tiny_disk):
     server = PostgresServer(tiny_disk / "data", options={"max_wal_size": "32MB", "wal_keep_size": "0"}, durable=False)
     server.start()
     try:
-        filling = tiny_disk / "filling"
-        with contextlib.suppress(OSError), filling.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(1 << 16))
+        fill(tiny_disk)
         said = tokentrail("migrate", DATABASE_URL=server.url)
-        expect(said, 1, "PostgreSQL ", "No space left on device")
-        filling.unlink()
+        expect(said, 1, "PostgreSQL ", "No space left on device", "): free some space on its disk.")
     finally:
         server.kill()
         discard(tiny_disk / "data")
-    with contextlib.suppress(OSError), (tiny_disk / "filling").open("wb", buffering=0) as file:
-        for _ in range(50):
-            file.write(bytes(1 << 20))
-    with pytest.raises(Exception, match="No space left on device"):
-        PostgresServer(tiny_disk / "other", durable=False).start()
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "words"),
+    [
+        (0, "Cannot use {data} (No space left on device): free some space there, or choose another place, TOKENTRAIL_"),
+        (12, "PostgreSQL's initdb failed (No space left on device): free some space where {data} is; its log is "),
+        (100, 'FATAL:  could not write to file "pg_wal/xlogtemp'),
+        (40_000, "PostgreSQL cannot make its database ("),
+    ],
+    ids=["nothing", "initdb", "write-ahead log", "database"],
+)
+def test_disk_that_is_full_at_the_first_run(tiny_disk, kilobytes, words):
+    """Too full for a word in a log, too, and for what a cluster begins with."""
+    home = tiny_disk / "home"
+    fill(tiny_disk, kilobytes << 10)
+    said = ended("up", environment={"TOKENTRAIL_HOME": str(home)})
+    data = home / "data"
+    expect(said, 1, words.format(data=data), "No space left on device): free some space ", f"{data}")
 
 
 @pytest.fixture

@@ -84,15 +84,17 @@ class _Address(NamedTuple):
         host = _LOOPBACK_OF.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
-    def answers(self, path: str) -> bool:
+    def trouble(self, path: str) -> str | None:
+        """Why it does not answer well; None when it does."""
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=1)
         try:
             connection.request("GET", path)
-            return connection.getresponse().status == http.HTTPStatus.OK
-        except (OSError, http.client.HTTPException):
-            return False
+            answer = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            return f"{self.url}: {getattr(error, 'strerror', None) or error or type(error).__name__}"
         finally:
             connection.close()
+        return None if answer.status == http.HTTPStatus.OK else f"{self.url}{path}: {answer.status} {answer.reason}"
 
 
 class _Running:
@@ -116,8 +118,9 @@ class _Running:
             self.say(done.left)
         elif done.applied:
             self.say(f"migrated the database to {done.applied[-1]}")
-        api = _Address(self._settings.api_host, _free_port(self._settings.api_host, self._settings.api_port))
-        flower = _Address("127.0.0.1", _free_port("127.0.0.1", self._settings.flower_port, taken=api.port))
+        given = self._settings
+        api = _Address(given.api_host, _free_port("API", given.api_host, given.api_port))
+        flower = _Address("127.0.0.1", _free_port("FLOWER", "127.0.0.1", given.flower_port, taken=api.port))
         addresses = {
             "database_url": database_url,
             "broker_url": broker_url,
@@ -201,9 +204,14 @@ class _Running:
         end = time.monotonic() + _START_SECONDS
         while waiting and not self._family.stopping:
             self._step(self._stop_for_dead)
-            waiting = {name: (to, path) for name, (to, path) in waiting.items() if not to.answers(path)}
+            troubles = {name: trouble for name, (to, path) in waiting.items() if (trouble := to.trouble(path))}
+            waiting = {name: waiting[name] for name in troubles}
             if waiting and time.monotonic() > end:
-                raise Failed(f"{' and '.join(waiting)} did not answer within {_START_SECONDS:.0f} s.")
+                raise Failed(
+                    f"{' and '.join(waiting)} did not answer within {_START_SECONDS:.0f} s"
+                    f" ({'; '.join(troubles.values())}): mend what the lines above say of it, or start again when this"
+                    " machine has less to do."
+                )
         return not self._family.stopping
 
     def _run_demo(self) -> None:
@@ -268,9 +276,10 @@ class _Running:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _free_port(host: str, first: int, taken: int | None = None) -> int:
-    """The first port from `first` on that nobody listens on."""
-    for port in range(first, min(first + 200, 65_536)):
+def _free_port(what: str, host: str, first: int, taken: int | None = None) -> int:
+    """The first port from `first` on that nobody listens on; what is to listen there is `what`."""
+    ports = range(first, min(first + 200, 65_536))
+    for port in ports:
         if port == taken:
             continue
         try:
@@ -280,7 +289,10 @@ def _free_port(host: str, first: int, taken: int | None = None) -> int:
                 raise Failed(str(error)) from error
             continue
         return port
-    raise Failed(f"No port from {first} to {first + 199} is free on {host}.")
+    raise Failed(
+        f"No port from {first} to {ports[-1]} is free on {host}: stop what listens there, or name another with"
+        f" TOKENTRAIL_{what}_PORT."
+    )
 
 
 @contextlib.contextmanager
@@ -312,9 +324,13 @@ def _addresses() -> Path:
 def _remember_addresses(what: dict[str, object]) -> None:
     """Tell the other commands in this folder, and nobody else: the URLs carry passwords."""
     draft = HOME / f"servers.json.{os.getpid()}"
-    draft.touch(mode=0o600)
-    draft.write_text(json.dumps(what))
-    draft.replace(_addresses())
+    try:
+        draft.touch(mode=0o600)
+        draft.write_text(json.dumps(what))
+        draft.replace(_addresses())
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(draft)) from error  # a write that fails does not say where
 
 
 def _forget_addresses() -> None:

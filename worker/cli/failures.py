@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -27,8 +28,8 @@ USAGE = 2
 
 #: What is wrong with the machine's files, and not with us.
 _OF_THE_FILES: Final = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
+    errno.ENOSPC: "free some space there, or choose another place",
+    errno.EDQUOT: "free some space there, or choose another place",
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "choose a place that you may write to",
     errno.EPERM: "choose a place that you may write to",
@@ -49,12 +50,17 @@ _OF_THE_MACHINE: Final = {
 _OF_POSTGRESQL: Final = {
     "53100": "free some space on its disk",
     "53": "it has too little memory or too few connections, so give it more or try again later",
+    "40": "others were in its way, so try again",
+    "42P01": "the schema is not as `tokentrail migrate` left it, so bring back what is missing",
+    "42703": "the schema is not as `tokentrail migrate` left it, so bring back what is missing",
     "25006": "it is a read-only standby, so name the primary in DATABASE_URL",
     "42501": "give the user of DATABASE_URL that right",
     "55P03": "something else holds the lock, so try again",
     "57014": "it took too long, so raise TOKENTRAIL_STATEMENT_TIMEOUT",
     "57": "it was interrupted, so try again",
 }
+
+_OTHERWISE: Final = "its log has the statement and more, so mend what that names, and try again"
 
 #: Their messages are sentences already.
 _TOLD = (PublishError, EmbeddedError, DemoError, SchemaError, AlreadyRunning, Failed, NotReady)
@@ -84,18 +90,18 @@ def _failure(error: Exception) -> str | None:
 def _of_the_machine(error: OSError) -> str | None:
     if scarce := _OF_THE_MACHINE.get(error.errno or 0):
         return f"The machine gives us no more {scarce}."
-    if (advice := _OF_THE_FILES.get(error.errno or 0)) is None:
-        return None
+    advice = _OF_THE_FILES.get(error.errno or 0)
     if error.filename is None:
-        return f"Cannot write ({os.strerror(error.errno or 0)}): {advice}."
-    path = Path(os.fsdecode(error.filename))
-    named = ", TOKENTRAIL_HOME names it" if HOME.absolute() in [path.absolute(), *path.absolute().parents] else ""
-    return f"Cannot use {path} ({os.strerror(error.errno or 0)}): {advice}{named}."
+        return advice and f"Cannot write ({error.strerror}): {advice}."
+    path = Path(os.fsdecode(error.filename)).absolute()
+    places = {"TOKENTRAIL_HOME": HOME.absolute(), "TMPDIR": Path(tempfile.tempdir or os.devnull)}
+    named = next((f", {name} names it" for name, place in places.items() if place in [path, *path.parents]), "")
+    return f"Cannot use {path} ({error.strerror}): {advice or 'choose another place'}{named}."
 
 
 def _of_postgresql(error: BaseException) -> str:
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:  # no server has answered
         return no_database(error)
     state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
-    advice = next((advice for start, advice in _OF_POSTGRESQL.items() if state.startswith(start)), "see its log")
+    advice = next((advice for start, advice in _OF_POSTGRESQL.items() if state.startswith(start)), _OTHERWISE)
     return f"PostgreSQL said no ({said(error)}): {advice}."

@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 #: The oldest Redis whose scripts know the flag allow-oom, without which a full one could not be drained.
 _OLDEST_REDIS: Final = (7, 0)
 
+_MORE_CONNECTIONS: Final = "raise its limit of connections, or end some of them"
+#: What a PostgreSQL that runs says when it lets nobody in, which has no SQLSTATE then, and what helps.
+_OF_CONNECTING: Final = {
+    "too many c": _MORE_CONNECTIONS,  # clients, connections for a role or a database
+    "connection slots are reserved": _MORE_CONNECTIONS,
+    "No space left on device": "free some space on its disk",
+    "the database system is": "try again once it is up",  # starting up, shutting down, in recovery mode
+}
+_OTHERWISE: Final = "check that it runs, and that DATABASE_URL is right"
+
 
 def look_at_servers(settings: Settings) -> list[str]:
     """Sentences to warn with, none when all is well.
@@ -45,7 +55,9 @@ def _database(settings: Settings) -> Iterator[str]:
 
 def no_database(error: psycopg.OperationalError) -> str:
     """One sentence for a PostgreSQL that is away, or does not let us in."""
-    return f"PostgreSQL cannot be used ({said(error)}): check that it runs, and that DATABASE_URL is right."
+    why = said(error)
+    advice = next((advice for words, advice in _OF_CONNECTING.items() if words in why), _OTHERWISE)
+    return f"PostgreSQL cannot be used ({why}): {advice}."
 
 
 def _broker(url: str) -> Iterator[str]:

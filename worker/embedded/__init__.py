@@ -51,7 +51,7 @@ class Servers:
     def check(self) -> None:
         """Raise EmbeddedError, in one sentence, when a server has ended by itself. Costs a system call."""
         if self._guard.poll() is not None:
-            raise EmbeddedError(_last_words(self._guard, self.logs))
+            raise _failure(self._guard, self.logs)
 
 
 @contextlib.contextmanager
@@ -60,7 +60,8 @@ def servers(data: Path | None = None, *, durable: bool | None = None) -> Iterato
 
     Without `data` they are thrown away afterwards and, unless `durable`, spare themselves all syncing.
     With it they are kept there, and what they have acknowledged survives any crash. Each start has new
-    ports. Raises EmbeddedError when one does not start, or when another process has the same `data`.
+    ports. Raises EmbeddedError when one does not start, or when another process has the same `data`, OSError when
+    the machine does not let it.
     """
     if data is None:
         folder = Path(tempfile.mkdtemp(prefix="tokentrail-"))
@@ -73,12 +74,16 @@ def servers(data: Path | None = None, *, durable: bool | None = None) -> Iterato
     except BaseException:
         _stop_guard(guard)
         raise
+    failed = False
     try:
         yield pair
+    except EmbeddedError:
+        failed = True  # it points to a log
+        raise
     finally:
         _stop_guard(guard)
         if data is None:
-            discard(folder)  # the guard has done it, unless it was killed
+            discard(folder, except_logs=failed)  # the guard has done it, unless it was killed
 
 
 def _start_guard(folder: Path, *, throw_away: bool, durable: bool | None) -> subprocess.Popen[str]:
@@ -109,15 +114,22 @@ def _introduction(guard: subprocess.Popen[str], folder: Path) -> Servers:
     said = _pipe(guard.stdout).readline()
     answer: dict[str, Any] = json.loads(said) if said else {}
     if "database_url" not in answer:
-        raise EmbeddedError(answer.get("error") or _last_words(guard, logs))
+        raise _failure(guard, logs, answer)
     return Servers(answer["database_url"], answer["broker_url"], tuple(answer["pids"]), logs, guard)
 
 
-def _last_words(guard: subprocess.Popen[str], logs: Path) -> str:
-    said = "" if _pipe(guard.stdout).closed else _pipe(guard.stdout).readline()
-    if said:
-        return str(json.loads(said)["error"])
-    return f"The guard of the embedded servers has ended and they with it; see {logs / 'guard.log'}."
+def _failure(guard: subprocess.Popen[str], logs: Path, answer: dict[str, Any] | None = None) -> Exception:
+    """What the guard says went wrong, in `answer` or else in its last words."""
+    if not answer:
+        said = "" if _pipe(guard.stdout).closed else _pipe(guard.stdout).readline()
+        answer = json.loads(said) if said else {}
+    if answer.get("errno"):
+        return OSError(answer["errno"], os.strerror(answer["errno"]), answer["path"])
+    return EmbeddedError(
+        answer.get("error")
+        or "The guard of the embedded servers was killed or has failed, and they have ended with it: start again;"
+        f" its log is {logs / 'guard.log'}."
+    )
 
 
 def _stop_guard(guard: subprocess.Popen[str]) -> None:

@@ -32,30 +32,33 @@ def guard(folder: Path, program: int, *, durable: bool, throw_away: bool) -> Non
     """
     postgres = PostgresServer(folder, durable=durable, owner=program)
     valkey = ValkeyServer(folder, durable=durable, owner=program)
-    started = False
+    failed = False
     try:
         for server in (postgres, valkey):
             server.launch()
         for server in (postgres, valkey):
             server.wait_until_ready()
-        started = True
         pids = [os.getpid(), postgres.pid, valkey.pid]
         _tell({"database_url": postgres.url, "broker_url": valkey.url, "pids": pids})
         _watch(program, [postgres, valkey])
-    except (ConfigError, EmbeddedError, OSError) as error:
+    except (ConfigError, EmbeddedError) as error:
+        failed = True
         _tell({"error": str(error)})
+    except OSError as error:  # of the machine: what helps is said where the same is said of other commands
+        failed = True
+        _tell({"error": str(error), "errno": error.errno, "path": error.filename or str(folder)})
     finally:
         valkey.stop()
         postgres.stop()
         if throw_away:
-            discard(folder, except_logs=not started)  # they are what the error points to
+            discard(folder, except_logs=failed)  # they are what the error points to
 
 
 def _watch(program: int, servers: list[PostgresServer | ValkeyServer]) -> None:
     while os.getppid() == program and not select.select([sys.stdin], [], [], 0.5)[0]:
         for server in servers:
             if not server.running:
-                raise EmbeddedError(f"{server.title} has ended by itself; its log is {server.log}.")
+                raise server.ended_by_itself()
 
 
 def _tell(what: dict[str, object]) -> None:

@@ -39,6 +39,7 @@ class PostgresServer(ServerProcess):
 
     title: ClassVar[str] = "PostgreSQL"
     name: ClassVar[str] = "postgresql"
+    variable: ClassVar[str] = "TOKENTRAIL_PG_BIN"
 
     @property
     def url(self) -> str:
@@ -70,6 +71,9 @@ class PostgresServer(ServerProcess):
                 found = connection.execute("SELECT FROM pg_database WHERE datname = %s", [NAME]).rowcount
                 if not found:
                     connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(NAME)))
+        except psycopg.errors.DiskFull:
+            self.kill()  # each further try would take more, until it crashes
+            raise self.failure("PostgreSQL cannot make its database") from None
         except psycopg.OperationalError:  # not yet: why not for good is in the log, which is looked at then
             return False
         return True
@@ -109,7 +113,7 @@ class PostgresServer(ServerProcess):
         status = self._spawn([programs / "initdb", "-D", half, *arguments], account).wait()
         secret.unlink()
         if status:
-            raise EmbeddedError(f"PostgreSQL's initdb failed ({self._gist()}); its log is {self.log}.")
+            raise self.failure("PostgreSQL's initdb failed")
         half.rename(cluster)
 
     def _url(self, database: str) -> str:

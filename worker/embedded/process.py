@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from typing import IO, TYPE_CHECKING, ClassVar
+from typing import IO, TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,23 @@ PATIENCE = 10.0
 #: They pass: a chosen port was taken between choosing and binding; a killed PostgreSQL has not quite ended.
 PASSING_TROUBLES = ("Address already in use", "pre-existing shared memory", 'postmaster.pid" already exists')
 
+#: What a server says of why it does not run, and what helps.
+_ADVICE: Final = {
+    "No space left on device": "free some space where {folder} is",
+    "Disk quota exceeded": "free some space where {folder} is",
+    "Cannot allocate memory": "stop something else that runs here, or give the machine more memory",
+    "loading shared libraries": "install that library, or name another program with {variable}",
+}
+_MEND: Final = "mend what it says, or set DATABASE_URL and BROKER_URL to servers of your own"
+_SILENT: Final = "name another program with {variable}, or set DATABASE_URL and BROKER_URL to servers of your own"
+#: Free bytes below which a server that says nothing has no space to say it in: a new cluster takes as much.
+_SCARCE: Final = 64 << 20
+#: Bytes of its log that are looked at: what it said hours ago is not why it ends now.
+_LAST: Final = 8192
+
 PR_SET_PDEATHSIG = 1
+#: The signals that a server is ended with.
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
 class EmbeddedError(Exception):
@@ -48,6 +65,7 @@ class ServerProcess(ABC):
 
     title: ClassVar[str]
     name: ClassVar[str]
+    variable: ClassVar[str]  # the setting that names another program
 
     def __init__(
         self,
@@ -106,12 +124,37 @@ class ServerProcess(ABC):
             if waited > START_SECONDS:
                 self.kill()
                 raise EmbeddedError(
-                    f"{self.title} did not answer within {START_SECONDS:.0f} seconds; its log is {self.log}."
+                    f"{self.title} did not answer within {START_SECONDS:.0f} seconds ({self._gist()}): start again when"
+                    " this machine has less to do, or set DATABASE_URL and BROKER_URL to servers of your own; its log"
+                    f" is {self.log}."
                 )
             if not self.running:
                 self._try_again_or_raise(waited)
             time.sleep(0.02)
         self._port_is_fixed = True
+
+    def ended_by_itself(self) -> EmbeddedError:
+        """How, and what helps."""
+        assert self.process is not None
+        code = self.process.returncode
+        if code == -signal.SIGKILL:  # which leaves no word in its log
+            return EmbeddedError(
+                f"{self.title} was killed, by somebody or for want of memory: start again, and stop something else that"
+                f" runs here should that not last; its log is {self.log}."
+            )
+        return self.failure(f"{self.title} has ended by itself with {_reason(code)}", ran=True)
+
+    def failure(self, fact: str, *, ran: bool = False) -> EmbeddedError:
+        """`fact`, with why, as the server says it, and what helps; one that `ran` may do so again."""
+        said = self._said()
+        trouble = next((trouble for trouble in _ADVICE if trouble in said), None)
+        if trouble is None and not said.strip() and shutil.disk_usage(self.folder).free < _SCARCE:
+            trouble = "No space left on device"
+        advice = _ADVICE[trouble] if trouble else _MEND if said.strip() else _SILENT
+        advice = advice.format(folder=self.folder, variable=self.variable)
+        if ran:
+            advice = f"{advice}, and start again" if trouble else f"start again, and if that fails {advice}"
+        return EmbeddedError(f"{fact} ({self._gist(trouble)}): {advice}; its log is {self.log}.")
 
     def kill(self) -> None:
         """SIGKILL, as the kernel's OOM killer would; what was not synced may be lost."""
@@ -141,10 +184,7 @@ class ServerProcess(ABC):
         if not passing or waited > PATIENCE:
             self._drop_lock()
             assert self.process is not None
-            raise EmbeddedError(
-                f"{self.title} ended with {_reason(self.process.returncode)} instead of starting"
-                f" ({self._gist()}); its log is {self.log}."
-            )
+            raise self.failure(f"{self.title} ended with {_reason(self.process.returncode)} instead of starting")
         if not self._port_is_fixed:
             self.port = free_port()
         time.sleep(0.1)
@@ -165,7 +205,7 @@ class ServerProcess(ABC):
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=[self._lock.fileno()],
-                    preexec_fn=_die_with_us(),  # noqa: PLW1509  one system call, prepared before the fork
+                    preexec_fn=_beginning(),  # noqa: PLW1509  a few system calls, prepared before the fork
                     user=uid,
                     group=gid,
                     extra_groups=groups,
@@ -179,14 +219,16 @@ class ServerProcess(ABC):
         return "/"
 
     def _said(self) -> str:
-        """What the present start has written to the log."""
+        """What the present start has written to the log, the end of it."""
         with self.log.open("rb") as log:
-            log.seek(self._log_began)
+            log.seek(max(self._log_began, log.seek(0, os.SEEK_END) - _LAST))
             return log.read().decode(errors="replace")
 
-    def _gist(self) -> str:
+    def _gist(self, trouble: str | None = None) -> str:
+        """The first line that names the trouble, else the last lines."""
         lines = [line.strip() for line in self._said().splitlines() if line.strip()]
-        return " / ".join(lines[-3:])[-500:] or "it said nothing"
+        named = next((line for line in lines if trouble and trouble in line), None)
+        return named or " / ".join(lines[-3:])[-500:] or trouble or "it said nothing"
 
     def _take_lock(self) -> None:
         if self._lock is not None:
@@ -243,8 +285,8 @@ def password(folder: Path) -> str:
     if not path.exists():
         draft = folder / f"password.{os.getpid()}.{secrets.token_hex(4)}"
         draft.touch(0o600)
-        draft.write_text(secrets.token_hex(16))
         try:
+            draft.write_text(secrets.token_hex(16))
             os.link(draft, path)  # in one step and only if there is none: two servers may start at once
         except FileExistsError:
             pass
@@ -253,23 +295,26 @@ def password(folder: Path) -> str:
     return path.read_text()
 
 
-def _die_with_us() -> Callable[[], None] | None:
-    """What makes a child get SIGINT at our death, whatever kills us: Linux only.
+def _beginning() -> Callable[[], None]:
+    """What a child does before it is the server: heed the signals that end it, and, on Linux, die with us.
 
-    The kernel watches the thread that forked, not the process, so a server started by any other thread
-    than the main one would end too early: it goes without.
+    Under nohup or in the background of a script we ignore SIGINT, and a server inherits that until it has handlers
+    of its own. At our death, whatever kills us, it gets SIGINT. The kernel watches the thread that forked, not the
+    process, so a server started by any other thread than the main one would end too early: it goes without.
     """
-    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    watched = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+    prctl = ctypes.CDLL(None, use_errno=True).prctl if watched else None
     us = os.getpid()
 
-    def die_with_us() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGINT)
-        if os.getppid() != us:  # we died before the kernel was told to watch
-            os._exit(1)
+    def begin() -> None:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+            if os.getppid() != us:  # we died before the kernel was told to watch
+                os._exit(1)
 
-    return die_with_us
+    return begin
 
 
 def _environment() -> dict[str, str]:

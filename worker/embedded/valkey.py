@@ -32,6 +32,7 @@ class ValkeyServer(ServerProcess):
 
     title: ClassVar[str] = "Valkey"
     name: ClassVar[str] = "valkey"
+    variable: ClassVar[str] = "TOKENTRAIL_VALKEY_SERVER"
 
     @property
     def url(self) -> str:
