@@ -59,9 +59,9 @@ Behind a connection pooler PostgreSQL works in session mode only: timeouts and m
 ## Celery and Flower
 
 Celery's settings are in `celeryconfig.py`, with a reason on each line; they are part of what is promised, so change
-them only together with the tests. Flower reads its own variables, such as `FLOWER_PORT` and `FLOWER_BASIC_AUTH`;
-`tokentrail up` starts it on loopback, with its API open where the servers are embedded ones, docker-compose.yml with a
-password. Who else can reach it is in [operating](operating.md#who-may-look).
+them only together with the tests. Flower reads its own variables, such as `FLOWER_ADDRESS` and `FLOWER_BASIC_AUTH`;
+`tokentrail flower` starts it on loopback unless told otherwise, `tokentrail up` with its API open where the servers are
+embedded ones, docker-compose.yml with a password. Who else can reach it is in [operating](operating.md#who-may-look).
 
 ---
 This page is written by `python docs/configuration.py > docs/configuration.md`; a test holds it current.

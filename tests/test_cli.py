@@ -85,6 +85,7 @@ def test_help_names_every_command(tokentrail):
         "migrate",
         "worker",
         "api",
+        "flower",
         "publish",
         "history",
         "receipt",

@@ -59,7 +59,7 @@ NOT_RUN = {
 STAYING = {
     "tokentrail worker --processes 4": "-4@.* ready",
     "tokentrail api": "api_listening",
-    "celery -A worker.app flower --address=127.0.0.1": "Visit me at",
+    "tokentrail flower": "Visit me at",
 }
 #: How lines end that tell what the workers have done so far, and what they print once that is done: a reader who was
 #: too quick asks again.

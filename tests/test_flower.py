@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import pytest
 from brokers import eventually
 from playwright.sync_api import expect, sync_playwright
@@ -28,15 +29,15 @@ CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-backgr
 class Flower:
     """A real Flower on a port of its own."""
 
-    def __init__(self, broker_url: str) -> None:
+    def __init__(self, broker_url: str, **environment: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self._process = subprocess.Popen(
-            [sys.executable, *("-m", "celery", "-A", "worker.app", "flower", "--address=127.0.0.1", f"--port={port}")],
+        self.process = psutil.Popen(
+            [sys.executable, "-m", "worker.cli", "flower", "--port", str(port)],
             cwd=ROOT,
-            env={**os.environ, "BROKER_URL": broker_url, "FLOWER_UNAUTHENTICATED_API": "true"},
+            env={**os.environ, "BROKER_URL": broker_url, "FLOWER_UNAUTHENTICATED_API": "true", **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -57,8 +58,8 @@ class Flower:
             return answer.read().decode()
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(20)
+        self.process.terminate()
+        self.process.wait(20)
 
 
 @pytest.fixture
@@ -107,3 +108,20 @@ def test_flower_shows_each_event_with_arguments_success_and_result_and_nothing_s
         page.goto(f"{flower.url}/broker")
         expect(page.locator("body")).to_contain_text("tokens")
         browser.close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "columns"),
+    [
+        ({}, ["Name", "State", "kwargs", "Result", "Received", "Runtime", "Worker", "UUID"]),
+        ({"FLOWER_TASKS_COLUMNS": "name,retries"}, ["Name", "Retries"]),
+    ],
+    ids=["by itself", "as an operator wants it"],
+)
+def test_flower_listens_on_loopback_and_lists_what_became_of_each_task(broker_url, variables, columns):
+    flower = Flower(broker_url, **variables)
+    try:
+        assert {each.laddr.ip for each in flower.process.net_connections() if each.status == "LISTEN"} == {"127.0.0.1"}
+        assert [head.strip() for head in re.findall("<th [^>]*>(.*)</th>", flower.text("/tasks"))] == columns
+    finally:
+        flower.close()

@@ -568,6 +568,37 @@ def test_port_that_is_taken(tokentrail, database_url):
     expect(said, 1, f"Cannot listen on port {port} of 127.0.0.1: Address already in use. Stop what listens there, or")
 
 
+@pytest.mark.parametrize(
+    ("variables", "options", "code", "words"),
+    [
+        ({"BROKER_URL": ""}, (), 2, "No broker: set BROKER_URL, or start the embedded servers with"),
+        ({"FLOWER_PORT": "x"}, (), 2, "FLOWER_PORT is not usable: must be 1 to 65535 (it is 'x')."),
+        ({"FLOWER_PERSISTENT": "x"}, (), 2, "Flower cannot use one of its FLOWER_ variables (invalid truth value 'x')"),
+        ({}, ("--max-tasks=x",), 2, "Flower cannot use its options (invalid literal for int() with base 10: 'x'): see"),
+        ({}, ("--max",), 2, "--max is no option of Flower: see `tokentrail flower -- --help`."),
+        ({}, ("--port=1",), 2, "--port=1 behind the --: say --host and --port before it."),
+        ({"FLOWER_ADDRESS": "192.0.2.1"}, (), 1, "Cannot listen on port 5555 of 192.0.2.1: "),
+    ],
+)
+def test_flower_that_cannot_start(tmp_path, variables, options, code, words):
+    environment = {"BROKER_URL": "redis://127.0.0.1:1/0", "TOKENTRAIL_HOME": str(tmp_path)} | variables
+    expect(ended("flower", "--", *options, environment=environment), code, words)
+
+
+@pytest.mark.parametrize("command", ["flower", "status", "worker"])
+def test_celery_itself_without_a_broker(tmp_path, command):
+    """What Celery shows of anything else that goes wrong is a traceback."""
+    process = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "worker.app", command],
+        cwd=ROOT,
+        env={**os.environ, "BROKER_URL": "", "TOKENTRAIL_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    expect((process.returncode, process.stderr), 2, "No broker: set BROKER_URL, or start the embedded servers with")
+
+
 @pytest.mark.parametrize("what", ["API", "FLOWER"])
 def test_ports_that_are_all_taken(database_url, broker_url, tmp_path, what):
     """From the last one on there is one."""

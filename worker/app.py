@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 from typing import Any
 from urllib.parse import parse_qsl
@@ -13,7 +14,7 @@ from celery.exceptions import CPendingDeprecationWarning
 from celery.signals import celeryd_init, setup_logging
 
 from worker import log
-from worker.config import settings
+from worker.config import ConfigError, settings
 from worker.ledger.outcomes import Origin
 from worker.ledger.settle import Ledger
 from worker.queue import transport
@@ -29,7 +30,12 @@ def _address(url: str) -> tuple[str, dict[str, str]]:
     return hosts, dict(parse_qsl(query))
 
 
-BROKER_URL, BROKER_OPTIONS = _address(settings().broker())
+try:
+    BROKER_URL, BROKER_OPTIONS = _address(settings().broker())
+except ConfigError as unusable:
+    # Celery, which loads us, shows the traceback of whatever else is raised.
+    sys.stderr.write(f"tokentrail: {unusable}\n")
+    raise SystemExit(2) from None
 # Celery's command line copies BROKER_URL here, as it is, and believes it more than the settings below.
 os.environ.pop("CELERY_BROKER_URL", None)
 

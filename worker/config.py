@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     api_host: str = Field("127.0.0.1", description="Address the read endpoint listens on.")
     api_port: Annotated[int, Field(ge=1, le=65_535)] = Field(8000, description="Port the read endpoint listens on.")
     flower_port: Annotated[int, Field(ge=1, le=65_535)] = Field(
-        5555, description="Port that `tokentrail up` starts Flower on; started by itself it takes FLOWER_PORT."
+        5555, description="Port Flower listens on; to `tokentrail flower`, FLOWER_PORT goes before it."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="What is logged, and above.")
     log_format: Literal["auto", "json", "console"] = Field(

@@ -35,16 +35,9 @@ if TYPE_CHECKING:
 _START_SECONDS: Final = 60.0
 #: Seconds that children get to end by themselves: the worker finishes its batch, answers under way are given.
 _GRACE: Final = {"demo": 2.0, "worker": 30.0, "api": 10.0, "flower": 5.0}
+#: Of Flower: it warns of every worker that is slow to introduce itself.
+_QUIET: Final = ("--", "--logging=error")
 _COLOURS: Final = {"up": "bold", "worker": "green", "api": "cyan", "flower": "magenta"}
-
-
-_FLOWER: Final = (
-    "celery",
-    "-A",
-    "worker.app",
-    "flower",
-    "--logging=error",
-)  # it warns of every worker that is slow to introduce itself
 
 
 class AlreadyRunning(Exception):
@@ -145,7 +138,6 @@ class _Running:
 
     def _start_children(self, addresses: dict[str, Any], api: _Address, flower: _Address) -> None:
         self._environment = {
-            "FLOWER_TASKS_COLUMNS": "name,state,kwargs,result,received,runtime,worker,uuid",  # each with its outcome
             **self._open_api(),
             **os.environ,
             "DATABASE_URL": addresses["database_url"],
@@ -156,9 +148,9 @@ class _Running:
         if self._settings.log_format == "auto":
             self._environment["TOKENTRAIL_LOG_FORMAT"] = "console"  # a person reads it, though through our pipe
         for name, command in {
-            "worker": ("worker.cli", "worker", "--name", "worker"),
-            "api": ("worker.cli", "api", "--host", api.host, "--port", str(api.port)),
-            "flower": (*_FLOWER, f"--address={flower.host}", f"--port={flower.port}"),
+            "worker": ("--name", "worker"),
+            "api": ("--host", api.host, "--port", str(api.port)),
+            "flower": ("--host", flower.host, "--port", str(flower.port), *_QUIET),
         }.items():
             self._family.add(self._child(name, *command, on_line=self._line))
 
@@ -171,7 +163,8 @@ class _Running:
         return {} if given else {"FLOWER_UNAUTHENTICATED_API": "true"}
 
     def _child(self, name: str, *command: str, on_line: Callable[[str, str], None] | None = None) -> Child:
-        return Child(name, [sys.executable, "-m", *command], env=self._environment, cwd=ROOT, on_line=on_line)
+        program = [sys.executable, "-m", "worker.cli", name, *command]
+        return Child(name, program, env=self._environment, cwd=ROOT, on_line=on_line)
 
     def _stop_children(self) -> None:
         self._forward_held()
@@ -215,7 +208,7 @@ class _Running:
         return not self._family.stopping
 
     def _run_demo(self) -> None:
-        demo = self._child("demo", "worker.cli", "demo")
+        demo = self._child("demo")
         self._held = [] if self._console.is_terminal else None
         self._family.add(demo)
         while demo.running and not self._family.stopping:

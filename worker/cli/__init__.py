@@ -7,6 +7,7 @@ running.py    up, demo
 migrate.py    migrate
 worker.py     worker
 api.py        api
+flower.py     flower
 publish.py    publish
 reading.py    history, receipt, supply
 dead_letters.py  dead-letters
@@ -26,7 +27,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from worker.cli import api, configured, dead_letters, migrate, publish, reading, running, worker
+from worker.cli import api, configured, dead_letters, flower, migrate, publish, reading, running, worker
 from worker.cli.examples import show_examples
 from worker.cli.failures import explain
 from worker.db import known_revision
@@ -42,6 +43,7 @@ app.command()(running.demo)
 app.add_typer(migrate.app, name="migrate")
 app.command()(worker.worker)
 app.command()(api.api)
+app.command()(flower.flower)
 app.command()(publish.publish)
 app.command()(reading.history)
 app.command()(reading.receipt)

@@ -23,6 +23,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "demo": ("tokentrail demo", "tokentrail demo --events 300 --seed 7 --run monday"),
     "worker": ("tokentrail worker", "tokentrail worker --processes 4 --lanes 0-3"),
     "api": ("tokentrail api", "tokentrail api --port 8080"),
+    "flower": ("tokentrail flower", "tokentrail flower --port 5556 -- --max-tasks=50000"),
     "publish": (
         "tokentrail publish --type accrual --user alice --amount 12.5 --source purchase --key order-4711",
         "tokentrail publish --type burn --user alice --amount 0.000777 --action embedding --key request-1",
