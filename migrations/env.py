@@ -84,7 +84,7 @@ def _wait_for_our_turn(connection: psycopg.Connection) -> None:
 
 def _note(ctx: Any, step: MigrationInfo, heads: Any, run_args: Any) -> None:  # noqa: ARG001 - Alembic's signature
     """Remember for the caller what was really done: another migrator may have been first."""
-    context.config.attributes.setdefault("applied", []).extend(step.up_revision_ids)
+    context.config.attributes.setdefault("moved", []).extend(step.up_revision_ids)
 
 
 if context.is_offline_mode():

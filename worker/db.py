@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+#: The revision of the schema of before the trail, which the old software works with.
+BEFORE_THE_TRAIL: Final = "0001"
 
 #: The oldest PostgreSQL we work with, as `server_version_num`.
 OLDEST_SERVER: Final = 150_000
@@ -55,7 +59,7 @@ def migrate(url: str, revision: str = "head") -> list[str]:
     """
     config = alembic_config(url)
     command.upgrade(config, revision)
-    return list(config.attributes.get("applied", []))
+    return list(config.attributes.get("moved", []))
 
 
 def deploy(url: str) -> Deployed:
@@ -66,6 +70,22 @@ def deploy(url: str) -> Deployed:
             if before is not None and not knows(before):
                 return Deployed(before, [], f"Left as it is: {check_schema(connection)}")
         return Deployed(before, migrate(url), None)
+
+
+def stamp(url: str, revision: str) -> None:
+    """Note that the schema is at `revision`, without a look at it."""
+    command.stamp(alembic_config(url), revision)
+
+
+def downgrade(url: str, revision: str, *, drop_history: bool) -> list[str]:
+    """Take the schema back to `revision`; the revisions taken back, newest first.
+
+    Raises CommandError, with nothing changed, when that would drop history and nobody has said that it may.
+    """
+    config = alembic_config(url)
+    config.cmd_opts = Namespace(x=["drop-history"] if drop_history else [])
+    command.downgrade(config, revision)
+    return list(config.attributes.get("moved", []))
 
 
 @contextmanager
@@ -81,7 +101,7 @@ def told() -> Iterator[None]:
         if isinstance(error.orig, psycopg.errors.DuplicateTable):
             raise SchemaError(
                 f"{error.orig.diag.message_primary}, and no migration of ours made it: if these tables are the schema "
-                "before the trail, say so with `alembic stamp 0001`, and migrate again."
+                "before the trail, say so with `tokentrail migrate stamp`, and migrate again."
             ) from error
         raise
 

@@ -1,7 +1,7 @@
 """the schema before the audit trail
 
 Why: what a token system has before anyone asks how a balance came about: balances, burns, one global row.
-Deploy: into an empty database. A database that has these tables already is stamped: `alembic stamp 0001`.
+Deploy: into an empty database. A database that has these tables already is stamped: `tokentrail migrate stamp`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Why: every token movement gets a record with the balance before and after it, nu
 account, so that every balance can be proved; rejections and dead letters are kept beside.
 Deploy: any time, under load: no writer waits more than some 50 ms. Schema only: no existing row is changed, and
 what the trail adds to old rows stays NULL (counts: 0). Stop the old writers of balances before the first worker
-starts. Downgrade refuses once the trail holds a row, unless told `-x drop-history`.
+starts. Downgrade refuses once the trail holds a row, unless told `--drop-history` (of Alembic: `-x drop-history`).
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def _refuse_to_lose_history() -> None:
             BEGIN
                 IF held <> '' THEN
                     RAISE EXCEPTION 'The downgrade would drop the audit trail, which holds rows (%); back up, then '
-                        'drop them for good with: alembic -x drop-history downgrade 0001', held
+                        'drop them for good with: tokentrail migrate downgrade --drop-history', held
                         USING ERRCODE = 'restrict_violation';
                 END IF;
             END $$

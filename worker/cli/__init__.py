@@ -5,6 +5,7 @@ readiness.py  what a worker looks at before it starts
 failures.py   every error that a user can meet, as one sentence
 running.py    up, demo
 migrate.py    migrate
+adoption.py   what `migrate stamp` looks at in a database of other software
 worker.py     worker
 api.py        api
 flower.py     flower

@@ -36,6 +36,8 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "migrate": ("tokentrail migrate", "tokentrail migrate --sql --from 0001"),
     "migrate status": ("tokentrail migrate status",),
     "migrate new": ("tokentrail migrate new add_note_to_account",),
+    "migrate stamp": ("tokentrail migrate stamp",),
+    "migrate downgrade": ("tokentrail migrate downgrade", "tokentrail migrate downgrade --drop-history"),
     "dead-letters": (
         "tokentrail dead-letters list",
         "tokentrail dead-letters show 17",

@@ -8,10 +8,22 @@ import psycopg
 import typer
 from alembic import command
 
+from worker.cli.adoption import differences
 from worker.cli.usage import Misused
 from worker.config import settings
-from worker.db import alembic_config, check_schema, current_revision, known_revision, knows, told
+from worker.db import (
+    BEFORE_THE_TRAIL,
+    SchemaError,
+    alembic_config,
+    check_schema,
+    current_revision,
+    known_revision,
+    knows,
+    told,
+)
 from worker.db import deploy as bring_up_to_date
+from worker.db import downgrade as take_back
+from worker.db import stamp as note
 
 app = typer.Typer(help="Bring the database's schema up to date.")
 
@@ -55,6 +67,9 @@ def status() -> None:
 def new(name: Annotated[str, typer.Argument(help="What it does, like add_token_audit_trail.")]) -> None:
     """Write the next revision, from how the models differ from the database. It is a draft: read its rules."""
     with told():
+        with _connected() as connection:
+            if newer := check_schema(connection):
+                raise SchemaError(newer)
         revision = f"{int(known_revision()) + 1:04}"
         config = alembic_config(settings().database())
         script = command.revision(config, name.replace("_", " "), autogenerate=True, rev_id=revision)
@@ -64,6 +79,63 @@ def new(name: Annotated[str, typer.Argument(help="What it does, like add_token_a
             f"Wrote {script.path}. Alembic does not see CHECK constraints and triggers, and knows nothing of locks: "
             "write those by hand, in the words of migrations/steps.py."
         )
+
+
+@app.command()
+def stamp() -> None:
+    """Note that other software has made the tables of before the trail, once they are seen to be those.
+
+    The database is then at revision 0001, and `tokentrail migrate` goes on from there. No table is changed.
+    """
+    url = settings().database()
+    with told():
+        if (current := _known(url)) is not None:
+            raise SchemaError(f"The schema is at {current} already: there is nothing to note.")
+        found = differences(url)
+        if found is None:
+            raise SchemaError(
+                "The database has no tables of before the trail: a new one needs no stamp, only `tokentrail migrate`."
+            )
+        if found:
+            raise SchemaError(
+                "These are not the tables of migrations/versions/0001_before_the_trail.py, so that nothing was noted:"
+                f" {'; '.join(found)}."
+            )
+        note(url, BEFORE_THE_TRAIL)
+    typer.echo(f"The tables are those of before the trail: noted as {BEFORE_THE_TRAIL}. Now run `tokentrail migrate`.")
+
+
+@app.command()
+def downgrade(
+    drop_history: Annotated[
+        bool, typer.Option("--drop-history", help="Also if the trail holds rows, which are then gone for good.")
+    ] = False,
+) -> None:
+    """Give the software of before the trail its tables back. Stop all workers first.
+
+    Refuses once the trail holds a row, because that is the history.
+    """
+    url = settings().database()
+    with told():
+        current = _known(url)
+        if current is None:
+            raise SchemaError("The database has no schema yet: there is nothing to take back.")
+        if not take_back(url, BEFORE_THE_TRAIL, drop_history=drop_history):
+            typer.echo(f"The schema is at {BEFORE_THE_TRAIL} already: nothing to do.")
+            return
+    held = "What the trail held is gone for good." if drop_history else "The trail held nothing."
+    typer.echo(f"Took the schema back from {current} to {BEFORE_THE_TRAIL}. {held}")
+
+
+def _known(url: str) -> str | None:
+    """The revision that the schema is at, None before the first. Raises SchemaError for one that this code lacks."""
+    with psycopg.connect(url, connect_timeout=5) as connection:
+        current = current_revision(connection)
+        if current is not None and not knows(current) and check_schema(connection):
+            raise SchemaError(
+                f"The schema is at {current}, newer than this code ({known_revision()}): use the newer code."
+            )
+        return current
 
 
 def _connected() -> psycopg.Connection:
