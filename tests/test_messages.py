@@ -89,6 +89,20 @@ def test_setting_that_is_wrong(tokentrail, servers, variable, value, words):
     expect(tokentrail("api", **given | {variable: value}), 2, words)
 
 
+@pytest.mark.parametrize("limits", [("2.0", "2"), ("2.0", "1"), ("30", "")])
+@pytest.mark.parametrize("command", [("worker",), ("settings",)])
+def test_lock_timeout_that_never_comes_to_pass(tokentrail, servers, command, limits):
+    given = {"DATABASE_URL": servers.database_url, "BROKER_URL": servers.broker_url}
+    named = dict(zip(("TOKENTRAIL_LOCK_TIMEOUT", "TOKENTRAIL_STATEMENT_TIMEOUT"), limits, strict=True))
+    lock, statement = (float(limit or 30) for limit in limits)
+    expect(
+        tokentrail(*command, **given, **named),
+        2,
+        "TOKENTRAIL_LOCK_TIMEOUT is not usable: must be less than TOKENTRAIL_STATEMENT_TIMEOUT, which is"
+        f" {statement} (it is {lock}).",
+    )
+
+
 @pytest.mark.parametrize("command", [("supply",), ("migrate",), ("worker",), ("settings",)])
 @pytest.mark.parametrize(
     "url",
@@ -259,14 +273,11 @@ def test_demo_looks_at_the_servers_before_it_publishes(tokentrail, database_url,
 
 
 def test_statement_that_took_too_long(tokentrail, database_url):
-    with psycopg.connect(database_url) as holder:
-        holder.execute("LOCK alembic_version")
-        said = tokentrail(
-            "supply",
-            DATABASE_URL=database_url,
-            TOKENTRAIL_LOCK_TIMEOUT="60",
-            TOKENTRAIL_STATEMENT_TIMEOUT="0.1",
-        )
+    with psycopg.connect(database_url, autocommit=True) as owner:
+        owner.execute("ALTER TABLE alembic_version RENAME TO hidden")
+        owner.execute("CREATE VIEW alembic_version AS SELECT version_num FROM hidden, pg_sleep(60)")
+    limits = {"TOKENTRAIL_LOCK_TIMEOUT": "0.05", "TOKENTRAIL_STATEMENT_TIMEOUT": "0.1"}
+    said = tokentrail("supply", DATABASE_URL=database_url, **limits)
     expect(said, 1, "statement timeout): it took too long, so raise TOKENTRAIL_STATEMENT_TIMEOUT.")
 
 
@@ -571,7 +582,7 @@ def test_port_that_is_taken(tokentrail, database_url):
 @pytest.mark.parametrize(
     ("variables", "options", "code", "words"),
     [
-        ({"BROKER_URL": ""}, (), 2, "No broker: set BROKER_URL, or start the embedded servers with"),
+        ({"BROKER_URL": "", "FLOWER_PORT": "x"}, (), 2, "No broker: set BROKER_URL, or start the embedded servers"),
         ({"FLOWER_PORT": "x"}, (), 2, "FLOWER_PORT is not usable: must be 1 to 65535 (it is 'x')."),
         ({"FLOWER_PERSISTENT": "x"}, (), 2, "Flower cannot use one of its FLOWER_ variables (invalid truth value 'x')"),
         ({}, ("--max-tasks=x",), 2, "Flower cannot use its options (invalid literal for int() with base 10: 'x'): see"),

@@ -295,7 +295,7 @@ STANDING_IN_LINE = (
 
 def test_no_patience_passes_while_a_batch_waits_and_nothing_more_can_be_fetched(stage):
     """Somebody locks the table, the worker's hands fill up, and the accrual is published behind all that."""
-    stage.start(burn_patience=2, lock_timeout=30, batch_size=10)
+    stage.start(burn_patience=2, lock_timeout=20, batch_size=10)
     stage.publisher.publish(burn("ann", 4, "b"))
     eventually(lambda: stage.count("account") == 1)
     time.sleep(0.5)

@@ -60,7 +60,9 @@ class Settings(BaseSettings):
         description="Seconds without a sign of life after which a worker's messages go back to the queue.",
     )
     lock_timeout: Annotated[float, Field(gt=0, le=60)] = Field(
-        2.0, description="Seconds a batch waits for another's row locks before it tries again."
+        2.0,
+        description="Seconds a batch waits for another's row locks before it goes on without the accounts that are"
+        " locked. Less than `TOKENTRAIL_STATEMENT_TIMEOUT`.",
     )
     statement_timeout: Annotated[float, Field(gt=0, le=600)] = Field(
         30.0, description="Seconds any one statement of the worker may take."
@@ -193,9 +195,14 @@ def settings() -> Settings:
             for name in ("database_url", "broker_url")
             if getattr(found, name) is None and name in servers
         }
-        return found.model_copy(update=update)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
+    if found.lock_timeout >= found.statement_timeout:  # or every wait for a lock would look like a slow statement
+        raise ConfigError(
+            "TOKENTRAIL_LOCK_TIMEOUT is not usable: must be less than TOKENTRAIL_STATEMENT_TIMEOUT, which is"
+            f" {found.statement_timeout} (it is {found.lock_timeout})."
+        )
+    return found.model_copy(update=update)
 
 
 def _sentence(error: ValidationError) -> str:

@@ -67,7 +67,7 @@ def test_a_half_open_connection_is_noticed_and_replaced(ground, books, proxies, 
     """Nothing comes any more, and nobody closes: only a deadline of the worker's own can tell."""
     ground.open(books)
     to_postgres, to_redis = proxies
-    settings = {"statement_timeout": 1, "idle_in_transaction_timeout": 1, "batch_size": 100}
+    settings = {"lock_timeout": 0.5, "statement_timeout": 1, "idle_in_transaction_timeout": 1, "batch_size": 100}
     worker = ground.work(database_url=to_postgres.url, broker_url=to_redis.url, **settings)
     for _ in range(sized(1, 3)):
         ground.publish(books.messages_for(300))
