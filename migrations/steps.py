@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from alembic import op
+from alembic import context, op
 from alembic.util import CommandError
 from sqlalchemy.exc import OperationalError
+
+from worker.db import WAITING
 
 #: A statement that waits for a strong lock makes everyone behind it wait as long: give up early, try again.
 LOCK_TIMEOUT_MS: Final = 50
@@ -44,6 +46,7 @@ def briefly(statement: str, *, on: str | None = None) -> None:
     Raises CommandError when somebody holds the table for longer than PATIENCE_S.
     """
     deadline = time.monotonic() + PATIENCE_S
+    _tell(statement)
     while True:
         try:
             op.execute(statement)
@@ -56,6 +59,7 @@ def briefly(statement: str, *, on: str | None = None) -> None:
                     f"No lock within {PATIENCE_S} s: some transaction holds the table all along. Find it in "
                     f"pg_stat_activity, end it, and run the migration again; it was at: {statement.strip()[:200]}"
                 ) from error
+            _tell(f"{WAITING}: {statement}")
             # Long enough for everyone who queued behind the attempt to go through.
             time.sleep(random.uniform(0.05, 0.25))  # noqa: S311 - jitter
             if on is not None:
@@ -68,11 +72,16 @@ def _interrupt_autovacuum(table: str) -> None:
     An automatic vacuum gives way only to someone who has waited for deadlock_timeout (a second), which an
     impatient step never does: without this it fails on any table whose vacuum takes longer than PATIENCE_S.
     """
-    patiently(f"BEGIN; LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE; COMMIT")
+    _without_timeouts(f"BEGIN; LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE; COMMIT")
 
 
 def patiently(statement: str) -> None:
     """A long statement that nobody waits for: VALIDATE CONSTRAINT, CREATE INDEX CONCURRENTLY."""
+    _tell(statement)
+    _without_timeouts(statement)
+
+
+def _without_timeouts(statement: str) -> None:
     op.execute("SET lock_timeout = 0")
     op.execute("SET statement_timeout = 0")
     op.execute(statement)
@@ -94,6 +103,12 @@ def add_index(table: str, name: str, definition: str, *, unique: bool = False) -
     """Build an index while everyone writes on. What a killed build left behind is invalid, so it is dropped first."""
     patiently(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
     patiently(f"CREATE {'UNIQUE ' if unique else ''}INDEX CONCURRENTLY {name} ON {table} {definition}")
+
+
+def _tell(statement: str) -> None:
+    """Say to who looks on what is about to run."""
+    if tell := context.config.attributes.get("tell"):
+        tell(statement)
 
 
 def _impatient() -> None:

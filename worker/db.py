@@ -19,7 +19,7 @@ from sqlalchemy.exc import ProgrammingError
 from worker.config import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _T = TypeVar("_T")
 
@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: The revision of the schema of before the trail, which the old software works with.
 BEFORE_THE_TRAIL: Final = "0001"
+
+#: What is said of a statement that somebody else's transaction keeps from running.
+WAITING: Final = "waiting for a lock"
 
 #: The oldest PostgreSQL we work with, as `server_version_num`.
 OLDEST_SERVER: Final = 150_000
@@ -52,24 +55,50 @@ def alembic_config(url: str | None = None) -> Config:
     return config
 
 
-def migrate(url: str, revision: str = "head") -> list[str]:
+def migrate(url: str, revision: str = "head", tell: Callable[[str], None] | None = None) -> list[str]:
     """Bring the schema up to `revision`; the revisions applied, oldest first.
 
-    Waits while another migration runs; safe under load, and to run again after it was killed.
+    Waits while another migration runs; safe under load, and to run again after it was killed. `tell` is called with
+    each statement that is about to run.
     """
     config = alembic_config(url)
+    config.attributes["tell"] = tell
     command.upgrade(config, revision)
     return list(config.attributes.get("moved", []))
 
 
-def deploy(url: str) -> Deployed:
+def deploy(url: str, tell: Callable[[str], None] | None = None) -> Deployed:
     """Bring the schema up to date, unless it is newer than this code. Raises SchemaError, in one sentence."""
     with told():
         with psycopg.connect(url, connect_timeout=5) as connection:
             before = current_revision(connection)
             if before is not None and not knows(before):
                 return Deployed(before, [], f"Left as it is: {check_schema(connection)}")
-        return Deployed(before, migrate(url), None)
+        return Deployed(before, migrate(url, tell=tell), None)
+
+
+class Underway(NamedTuple):
+    """What a migrator's statement is at."""
+
+    waits: bool  # for a lock
+    phase: str | None  # of an index that it builds, in PostgreSQL's words
+    done: int
+    total: int  # 0 where PostgreSQL does not know
+
+
+def underway(connection: psycopg.Connection) -> Underway | None:
+    """The statement that a migrator of this database is at, if it is at one."""
+    row = connection.execute("""
+        SELECT wait_event_type IS NOT DISTINCT FROM 'Lock', phase,
+            coalesce(CASE WHEN phase LIKE 'waiting%' THEN lockers_done
+                WHEN phase LIKE '%scanning%' THEN blocks_done ELSE tuples_done END, 0),
+            coalesce(CASE WHEN phase LIKE 'waiting%' THEN lockers_total
+                WHEN phase LIKE '%scanning%' THEN blocks_total ELSE tuples_total END, 0)
+        FROM pg_stat_activity a LEFT JOIN pg_stat_progress_create_index USING (pid)
+        WHERE a.datname = current_database() AND application_name = 'tokentrail migrate' AND state = 'active'
+        ORDER BY xact_start LIMIT 1
+    """).fetchone()
+    return None if row is None else Underway(*row)
 
 
 def stamp(url: str, revision: str) -> None:

@@ -23,7 +23,7 @@ from worker.db import ROOT, deploy
 from worker.embedded import EmbeddedError, servers
 from worker.listening import CannotListen, listen
 from worker.processes import Child, Family
-from worker.show import console
+from worker.show import console, migrating
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -106,7 +106,8 @@ class _Running:
         database_url, broker_url = self._start_servers(stack)
         if self._family.stopping:
             return
-        done = deploy(database_url)
+        with migrating(database_url, self._console) as tell:
+            done = deploy(database_url, tell)
         if done.left:
             self.say(done.left)
         elif done.applied:

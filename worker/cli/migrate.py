@@ -24,6 +24,7 @@ from worker.db import (
 from worker.db import deploy as bring_up_to_date
 from worker.db import downgrade as take_back
 from worker.db import stamp as note
+from worker.show import console, migrating
 
 app = typer.Typer(help="Bring the database's schema up to date.")
 
@@ -45,7 +46,9 @@ def deploy(
         with told():
             command.upgrade(alembic_config(), f"{since or 'base'}:head", sql=True)
         return
-    done = bring_up_to_date(settings().database())
+    url = settings().database()
+    with migrating(url, console(stderr=True)) as tell:
+        done = bring_up_to_date(url, tell)
     if done.left:
         typer.echo(done.left)
     elif done.applied:
