@@ -22,6 +22,7 @@ import tomllib
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -67,6 +68,7 @@ ASKED_AGAIN = {"tokentrail history alice": " burn ", "llen tokens": "^0$", "hlen
 #: What documents say for what a reader has.
 OF_THE_READER = {
     "postgresql://user:password@host/database": "database_url",
+    "postgresql://user:password@host/restored": "restored_url",
     "redis://:password@host:6379/0": "broker_url",
     "redis://localhost:6379/0": "broker_url",
     "http://127.0.0.1:8000": "api_url",
@@ -154,6 +156,7 @@ def system(given):
             eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, 120)
             assert up.poll() is None, log.read_text()
             addresses = json.loads((folder / ".tokentrail" / "servers.json").read_text())
+            addresses["restored_url"] = urlsplit(addresses["database_url"])._replace(path="/restored").geturl()
             (folder / ".curlrc").write_text("fail\n")  # a reader sees what the API says, the test must hear of it
             environment |= {
                 "CURL_HOME": str(folder),
