@@ -122,12 +122,17 @@ def create_app(settings: Settings) -> FastAPI:
         return _json(Health(status="ok"))
 
     known = db.known_revision()
+    warned: set[str | None] = set()
 
     @app.get("/readyz", response_model=Health, responses=problems.documented(503), operation_id="readyz")
     async def readyz() -> Response:
         """The database answers, and is migrated to what this code knows."""
-        if await database.read(_revision, READY_WITHIN) != known:
-            await asyncio.to_thread(_check_schema, settings)  # raises the sentence, unless the schema is newer
+        revision = await database.read(_revision, READY_WITHIN)
+        if revision != known:
+            newer = await asyncio.to_thread(_check_schema, settings)  # raises the sentence, unless the schema is newer
+            if newer and revision not in warned:  # once, and not whenever somebody asks
+                warned.add(revision)
+                log.warning("schema_newer", reason=newer)
         return _json(Health(status="ready"))
 
     return app
@@ -170,11 +175,14 @@ async def _revision(connection: AsyncConnection) -> str | None:
     return None if row is None else str(row[0])
 
 
-def _check_schema(settings: Settings) -> None:
-    """Raise SchemaError unless this code can work with the database, DatabaseAway if it went away meanwhile."""
+def _check_schema(settings: Settings) -> str | None:
+    """A sentence to warn with when the schema is newer.
+
+    Raises SchemaError unless this code can work with the database, DatabaseAway if it went away meanwhile.
+    """
     impatient = settings.model_copy(update={"statement_timeout": READY_WITHIN, "lock_timeout": READY_WITHIN})
     try:
         with db.connect(settings.database(), impatient, name="tokentrail api") as connection:
-            db.check_schema(connection)
+            return db.check_schema(connection)
     except OperationalError as error:
         raise DatabaseAway("The database went away while it was looked at: try again in a few seconds.") from error
