@@ -408,7 +408,8 @@ def test_api_starts_without_a_database_says_so_once_and_recovers_by_itself(datab
             answer = client.get(path)
             assert_problem(client, answer, 503)
             assert int(answer.headers["retry-after"]) > 0
-        assert [line["event"] for line in logs] == ["database_away"]
+        away_said, back_said = "database not available, answering 503 until it is", "database available again"
+        assert [line["event"] for line in logs] == [away_said]
         assert 'database "tokentrail_not_there_yet" does not exist' in logs[0]["reason"], "what the server said"
 
         with psycopg.connect(servers.database_url, autocommit=True) as connection:
@@ -419,7 +420,7 @@ def test_api_starts_without_a_database_says_so_once_and_recovers_by_itself(datab
                 while client.get("/readyz").status_code != 200:
                     assert time.monotonic() < deadline
                 assert client.get(f"{HISTORY}?userId=u").status_code == 200
-                assert [line["event"] for line in logs] == ["database_away", "database_back"]
+                assert [line["event"] for line in logs] == [away_said, back_said]
             finally:
                 connection.execute("DROP DATABASE tokentrail_not_there_yet WITH (FORCE)")
 
@@ -473,7 +474,7 @@ def test_a_defect_is_logged_and_answered_without_a_traceback(client, connection)
     with capture_logs() as logs:
         found = assert_problem(client, client.get(f"{HISTORY}?userId=u"), 500)
     assert "accrual" not in found["detail"]
-    assert [(line["event"], line["log_level"]) for line in logs] == [("request_failed", "error")]
+    assert [(line["event"], line["log_level"]) for line in logs] == [("a request failed by a fault of ours", "error")]
 
 
 def test_api_has_connections_that_cannot_write(database_url):

@@ -59,7 +59,7 @@ NOT_RUN = {
 #: Lines that stay until they are stopped, and what they print once they work.
 STAYING = {
     "tokentrail worker --processes 4": "-4@.* ready",
-    "tokentrail api": "api_listening",
+    "tokentrail api": "the API listens",
     "tokentrail flower": "Visit me at",
 }
 #: How lines end that tell what the workers have done so far, and what they print once that is done: a reader who was

@@ -6,13 +6,15 @@ import base64
 import json
 import logging
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from queue import Empty
 
 import kombu
 import pytest
 import redis
-from brokers import OURS, PRIORITY_STEPS, STOCK, consuming, key, message, queue_of
+from brokers import OURS, PRIORITY_STEPS, STOCK, consuming, eventually, key, message, queue_of
+from chaos.proxy import Proxy
+from logs import logged
 
 from worker.queue import envelope, scripts
 from worker.queue.transport import Channel, SentinelTransport, Transport, register
@@ -218,6 +220,38 @@ def test_a_consumer_that_raises_leaves_the_others_messages_in_the_queue(broker_u
         assert broker.hlen("unacked") == 3
 
 
+@contextmanager
+def of_a_wrong_type(broker, name):
+    """A key that Redis refuses to work with, until it is as it was."""
+    broker.rename(name, f"{name}, put aside")
+    broker.set(name, "of a wrong type")
+    yield
+    broker.delete(name)
+    broker.rename(f"{name}, put aside", name)
+
+
+def test_what_cannot_go_back_to_the_queue_at_once_goes_later(broker_url, broker, caplog):
+    originals = [message(number) for number in range(3)]
+    push(broker, *originals)
+    with ExitStack() as stack, kombu.Connection(broker_url, transport=OURS) as connection:
+
+        def refuse(_):
+            stack.enter_context(of_a_wrong_type(broker, "unacked_index"))
+            raise ArithmeticError
+
+        with (
+            kombu.Consumer(connection.channel(), [queue_of("tokens")], on_message=refuse),
+            pytest.raises(ArithmeticError),
+        ):
+            connection.drain_events(timeout=5)
+        assert logged(caplog.messages, "Could not put … fetched messages back at once: ….")[0][0] == "2"
+        stack.close()
+        connection.close()
+    with consuming(broker_url) as consumer:
+        consumer.drain_until(3)
+        assert sorted(consumer.numbers) == [0, 1, 2]
+
+
 def test_messages_that_nobody_acknowledges_are_not_recorded(broker_url, broker):
     push(broker, message(1))
     with kombu.Connection(broker_url, transport=OURS) as connection:
@@ -347,7 +381,61 @@ def test_a_queue_that_nobody_acknowledges_drops_unreadable_bytes_and_says_so(bro
     with kombu.Connection(broker_url, transport=OURS) as connection:
         got = [connection.default_channel.basic_get("tokens", no_ack=True) for _ in range(2)]
     assert got[1].headers["number"] == 1 if got[1] else got[0] is None
-    assert "Dropped unreadable bytes" in caplog.text
+    assert logged(caplog.messages, "Dropped unreadable bytes from …, where nobody acknowledges: …")
+
+
+class _Meddler(Proxy):
+    """Lets something happen the moment that bytes pass from Redis."""
+
+    def __init__(self, target, when, happens):
+        self._when, self._happens = when, happens
+        super().__init__(target)
+
+    def passed(self, data):
+        if self._when in data and self._happens:
+            self._happens, happens = None, self._happens
+            happens()
+        return data
+
+
+def test_an_undecodable_message_is_delivered_though_redis_will_not_note_that_it_is_one(broker_url, broker, caplog):
+    push(broker, b"garbage")
+    with ExitStack() as stack:
+        refuse = lambda: stack.enter_context(of_a_wrong_type(broker, "unacked"))  # noqa: E731
+        with _Meddler(broker_url, b"garbage", refuse) as proxy, consuming(proxy.url) as consumer:
+            (got,) = consumer.drain_until(1)
+            assert got.body == b"garbage"
+            assert logged(caplog.messages, "Could not record an undecodable message for other transports: ….")
+            stack.close()
+            got.ack()
+            consumer.turn()
+            assert broker.keys("unacked*") == []
+
+
+@pytest.mark.parametrize(
+    ("told", "event"),
+    [
+        (b'{"__type__": "decimal", "__value__": "x"}', "Dropped a broadcast that is no JSON: …"),
+        (b'{"no": "message"}', "Dropped a broadcast that is no message: …"),
+    ],
+)
+def test_a_broadcast_that_is_none_is_dropped_and_told(broker_url, broker, caplog, told, event):
+    with kombu.Connection(broker_url, transport=OURS) as connection:
+        news = kombu.Exchange("news", type="fanout")
+        got = []
+        channel = connection.channel()
+        with kombu.Consumer(channel, [kombu.Queue("mine", news)], callbacks=[lambda body, _: got.append(body)]):
+
+            def drained():
+                with suppress(TimeoutError):
+                    connection.drain_events(timeout=0.2)
+
+            drained()
+            broker.publish(f"/{connection.virtual_host}.news", told)
+            kombu.Producer(channel, exchange=news, serializer="json").publish("next")
+            eventually(lambda: drained() or got)
+    assert got == ["next"]
+    assert logged(caplog.messages, event)
 
 
 # Acknowledging and giving back
@@ -516,7 +604,7 @@ def test_a_late_acknowledgement_does_not_touch_the_next_delivery(broker_url, bro
 # Restoring
 
 
-def test_what_no_worker_cares_for_comes_back_in_its_old_order(broker_url, broker):
+def test_what_no_worker_cares_for_comes_back_in_its_old_order_and_is_told(broker_url, broker, caplog):
     originals = [message(number) for number in range(1200)]
     push(broker, *originals)
     with consuming(broker_url) as consumer:
@@ -528,6 +616,8 @@ def test_what_no_worker_cares_for_comes_back_in_its_old_order(broker_url, broker
         consumer.channel.qos.restore_visible()
         assert listed(broker) == originals
         assert broker.keys("unacked") == []
+    told = logged(caplog.messages, "Put … messages back: their worker gave no sign of life.")
+    assert sum(int(number) for (number,) in told) == 1200
 
 
 def test_a_restored_message_says_how_often_it_was_until_it_is_acknowledged(broker_url, broker):
@@ -587,6 +677,21 @@ def test_signs_of_life_keep_the_order(broker_url, broker):
         assert [tag.decode() for tag in broker.zrange("unacked_index", 0, -1)] == tags
 
 
+def test_signs_of_life_that_redis_refuses_are_given_later(broker_url, broker, caplog):
+    push(broker, message(1))
+    with consuming(broker_url, visibility_timeout=10) as consumer:
+        (got,) = consumer.drain_until(1)
+        with of_a_wrong_type(broker, "unacked_index"):
+            consumer.channel.qos._touch_due = 0
+            consumer.drain(0.2)
+            ((why,), *_) = logged(caplog.messages, "Redis refuses to look after held messages, tried again later: …")
+            assert "WRONGTYPE" in why
+        age(broker, 5)
+        before = broker.zscore("unacked_index", got.delivery_tag)
+        consumer.drain(0.2)
+        assert broker.zscore("unacked_index", got.delivery_tag) > before + 4
+
+
 def test_a_late_sign_of_life_brings_nothing_back(broker_url, broker):
     push(broker, message(1))
     with consuming(broker_url) as late:
@@ -611,7 +716,8 @@ def test_a_record_that_fits_no_queue_stays_and_is_reported(broker_url, broker, c
         assert consumer.drain() == []
     assert sorted(broker.hkeys("unacked")) == [b"a", b"b", b"c", b"d"]
     assert broker.zcard("unacked_index") == 4
-    assert "4 messages in unacked fit no queue" in caplog.text
+    said = "… messages in … fit no queue and stay there: look at them, and at their exchange's bindings."
+    assert logged(caplog.messages, said) == [("4", "unacked")]
 
 
 # Together with kombu's own

@@ -15,6 +15,7 @@ import pytest
 import redis
 from brokers import OURS, Broker, Sentinel, consuming, eventually, free_port, key, message, queue_of
 from kombu.asynchronous import Hub
+from logs import logged
 
 from worker.queue import envelope
 from worker.queue.transport import SentinelTransport
@@ -154,7 +155,8 @@ def test_closing_without_a_broker_raises_nothing_and_says_what_happens_next(serv
         channel._qos.restore_unacked_once()
         broker.start()
         assert broker.client.hlen("unacked") == 1
-    assert caplog.text.count("Could not put 1 unacknowledged messages back") == 1
+    said = "Could not put … unacknowledged messages back (…): they go with the next connection, else in … s."
+    assert [number for number, *_ in logged(caplog.messages, said)] == ["1"]
 
 
 @pytest.mark.parametrize("with_loop", [True, False])
@@ -178,6 +180,20 @@ def test_a_full_redis_is_drained(server_folder, with_loop):
             assert client.info("stats")["total_commands_processed"] - commands < 2000, "idles, though BLMOVE is refused"
 
 
+def test_a_worker_that_starts_while_redis_is_full_drains_it_and_tells(server_folder, caplog):
+    with Broker(server_folder, "--maxmemory-policy", "noeviction") as broker:
+        client = broker.client
+        client.lpush("tokens", message(1))
+        client.config_set("maxmemory", "1")
+        queue = kombu.Queue("tokens", kombu.Exchange("tokens", type="direct"), routing_key="tokens")
+        with kombu.Connection(broker.url, transport=OURS) as connection:
+            got = []
+            kombu.Consumer(connection.channel(), [queue], on_message=got.append).consume()
+            eventually(lambda: connection.drain_events(timeout=5) or got)
+        (said,) = logged(caplog.messages, "Redis is full: … is consumed without a note of its binding (…).")
+        assert said[0] == "tokens"
+
+
 def test_what_redis_refuses_is_tried_again_and_told(broker_url, caplog):
     with redis.Redis.from_url(broker_url) as client, consuming(broker_url) as consumer:
         client.set("unacked", "of a wrong type")
@@ -186,7 +202,7 @@ def test_what_redis_refuses_is_tried_again_and_told(broker_url, caplog):
         assert consumer.messages == []
         assert client.llen("tokens") == 1
         assert "WRONGTYPE" in consumer.channel.refusal
-        assert caplog.text.count("Redis refuses its part") == 1
+        assert len(logged(caplog.messages, "Redis refuses its part, the worker tries again every second: …")) == 1
         client.delete("unacked")
         consumer.drain_until(1)
         assert consumer.channel.refusal is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import time
@@ -186,7 +187,8 @@ def test_waiting_burns_do_not_keep_their_accruals_out(stage):
     assert stage.broken() == []
 
 
-LOCKED, UNLOCKED = "accounts locked by another session", "no account is locked by another session any more"
+LOCKED = "accounts locked by another session, their events wait and all others go on"
+UNLOCKED = "no account is locked by another session any more"
 
 
 @contextmanager
@@ -522,3 +524,48 @@ def test_a_command_without_a_place_for_its_answer_costs_no_connection(stage):
     stage.publisher.publish(accrual("ann", 4, "a"))
     eventually(lambda: stage.balance("ann") == 4)
     assert "onnection to broker lost" not in stage.log()
+
+
+def test_a_worker_whose_batch_looks_like_a_bug_takes_no_more_work(stage):
+    stage.start()
+    refused = "ALTER TABLE transaction_record ADD CONSTRAINT mistake CHECK (user_id <> 'ann')"
+    with psycopg.connect(stage.database_url, autocommit=True) as owner:
+        owner.execute(refused)
+    stage.publisher.publish_bulk([accrual("ann", 1, f"k{n}") for n in range(11)])
+
+    eventually(lambda: "this worker takes no more work" in stage.log())
+    assert "refused 11 events" in stage.log()
+    eventually(lambda: stage.redis.llen("tokens") == 1)
+    stage.publisher.publish(accrual("bob", 1, "k"))
+    time.sleep(1)
+    assert (stage.redis.llen("tokens"), stage.count("transaction_record"), stage.count("dead_letter")) == (2, 0, 0)
+    assert stage.workers[0].poll() is None
+
+
+def test_a_suspect_is_applied_though_redis_will_not_count_the_attempt(stage):
+    stage.publisher.publish(accrual("ann", 4, "a"))
+    (raw,) = stage.redis.lrange("tokens", 0, -1)
+    fingerprint = hashlib.sha1(raw, usedforsecurity=False).hexdigest()
+    stage.redis.hset("unacked_restores", mapping={fingerprint: 2, f"alone:{fingerprint}": "no number"})
+    stage.start()
+    eventually(lambda: stage.balance("ann") == 4)
+    assert "could not count an attempt on a suspicious message" in stage.log()
+
+
+def test_what_redis_does_not_take_back_from_a_stopped_worker_goes_to_another_later(database_url, tmp_path):
+    """As one that lost its replicas, and was told to write nothing without them."""
+    with Broker(tmp_path / "broker") as broker, closing(Stage(database_url, broker.url, tmp_path)) as stage:
+        worker = stage.start(burn_patience=60)
+        stage.publisher.publish(accrual("ann", 3, "a"))
+        stage.publisher.publish(burn("ann", 4, "b"))
+        eventually(lambda: stage.balance("ann") == 3 and stage.redis.hlen("unacked") == 1)
+        stage.redis.config_set("min-replicas-to-write", 1)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 0, stage.log()
+        said = "could not put messages back: they go when Redis takes them, or after the visibility timeout"
+        assert stage.log().count(said) == 1
+        stage.redis.config_set("min-replicas-to-write", 0)
+
+        stage.publisher.publish(accrual("ann", 5, "a2"))
+        stage.start(visibility_timeout=1)
+        eventually(lambda: stage.balance("ann") == 4, 20)

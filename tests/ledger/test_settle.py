@@ -396,6 +396,7 @@ def test_the_events_that_the_database_refuses_stand_alone_among_the_dead_letters
     print(f"{ledger.attempts} transactions to single out {len(culprits)} of {BATCH}")
     assert ledger.attempts <= 4 + len(culprits) * 2 * 9
     assert ledger.said == []
+    assert {entry["event"] for entry in entries} == {"event refused, to be kept as a dead letter"}
     assert [entry["idempotency_key"] for entry in entries] == [f"k{place}" for place in culprits]
     assert_books_balance(owner)
 
@@ -682,7 +683,8 @@ def test_a_worker_frozen_in_the_middle_of_a_copy_is_overcome(watched, owner, url
         assert in_copy(owner) == []
     finally:
         frozen.close()
-    assert [entry["backend"] for entry in entries if entry["event"].startswith("ended the session")] == [backend]
+    ended = "ended the session of a worker that froze while it wrote"
+    assert [entry["backend"] for entry in entries if entry["event"] == ended] == [backend]
     assert_books_balance(owner)
 
 

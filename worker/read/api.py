@@ -148,7 +148,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
     with listen(host, port) as line:
         shown = f"[{host}]" if ":" in host else host
-        log.info("api_listening", url=f"http://{shown}:{line.getsockname()[1]}")
+        log.info("the API listens", url=f"http://{shown}:{line.getsockname()[1]}")
         config = uvicorn.Config(
             app,
             log_config=None,

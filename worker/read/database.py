@@ -113,7 +113,11 @@ class Database:
         except (OperationalError, InterfaceError) as error:
             if not self._away:  # once an outage, however many ask meanwhile
                 reason = _Connection.refused if isinstance(error, PoolTimeout) else ""
-                log.warning("database_away", reason=reason or str(error), kind=type(error).__name__)
+                log.warning(
+                    "database not available, answering 503 until it is",
+                    reason=reason or str(error),
+                    kind=type(error).__name__,
+                )
             self._away = True
             raise DatabaseAway(
                 "The database cannot be reached or does not answer: try again in a few seconds."
@@ -123,7 +127,7 @@ class Database:
                 "The database is not migrated to what this code knows: run `tokentrail migrate`."
             ) from error
         if self._away:
-            log.info("database_back")
+            log.info("database available again")
         self._away = False
         return answer
 

@@ -41,7 +41,7 @@ class Edge:
         try:
             await self._app(inner, receive, send_with_headers)
         except Exception:
-            log.exception("request_failed", path=scope["path"])
+            log.exception("a request failed by a fault of ours", path=scope["path"])
             if begun:
                 raise  # too late for a sentence: the server cuts the connection
             failed = problem(Request(scope), 500, "Something is wrong on our side; it has been logged.")
