@@ -22,6 +22,7 @@ import httpx2
 import psycopg
 import pytest
 import uvicorn
+from chaos.proxy import OldPostgreSQL
 from jsonschema import Draft202012Validator
 from pydantic import SecretStr
 from structlog.testing import capture_logs
@@ -398,6 +399,12 @@ def test_readyz_says_no_until_the_database_is_migrated(empty_database_url):
 def test_readyz_says_yes_to_a_schema_newer_than_this_code(client, connection):
     connection.execute("UPDATE alembic_version SET version_num = '9999'")
     assert client.get("/readyz").status_code == 200
+
+
+def test_readyz_says_no_to_a_postgresql_that_is_too_old(database_url):
+    with OldPostgreSQL(database_url) as old, running(old.url) as client:
+        found = assert_problem(client, client.get("/readyz"), 503)
+    assert found["detail"] == "PostgreSQL 14 is too old: tokentrail needs 15 or newer."
 
 
 def test_api_starts_without_a_database_says_so_once_and_recovers_by_itself(database_url, servers):

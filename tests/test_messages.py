@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import resource
 import secrets
 import shutil
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 from brokers import Broker, eventually, free_port
-from chaos.proxy import Proxy
+from chaos.proxy import OldPostgreSQL, OldRedis
 
 from schema.addresses import UNREADABLE, masked
 from schema.events import Accrual
@@ -312,17 +311,11 @@ def test_postgresql_that_says_what_nobody_expects(tokentrail, database_url):
     expect(said, 1, "PostgreSQL said no (not today; CONTEXT: ", words)
 
 
-class _OldPostgreSQL(Proxy):
-    """A server that says of itself that it is of 2021: no package of the machine brings one."""
-
-    def passed(self, data):
-        return re.sub(rb"(server_version\0)\d\d", rb"\g<1>14", data)
-
-
-@pytest.mark.parametrize("command", ["worker", "migrate"])
-def test_postgresql_that_is_too_old(tokentrail, database_url, broker_url, command):
-    with _OldPostgreSQL(database_url) as old:
-        said = tokentrail(command, DATABASE_URL=old.url, BROKER_URL=broker_url)
+@pytest.mark.parametrize("command", [("worker",), ("migrate",), ("migrate", "status"), ("demo",), ("supply",), ("up",)])
+def test_postgresql_that_is_too_old(tokentrail, database_url, broker_url, command, tmp_path):
+    with OldPostgreSQL(database_url) as old:
+        given = {"DATABASE_URL": old.url, "BROKER_URL": broker_url, "TOKENTRAIL_HOME": str(tmp_path)}
+        said = ended("up", environment=given) if command == ("up",) else tokentrail(*command, **given)
     expect(said, 1, "PostgreSQL 14 is too old: tokentrail needs 15 or newer.")
 
 
@@ -549,15 +542,20 @@ def test_redis_that_may_lose_messages_is_warned_of(database_url, tmp_path, optio
     assert words in line
 
 
-def test_redis_that_is_too_old_is_refused():
-    """The one server that cannot be had to try with: what it would say of itself is given by hand."""
-    from worker.cli import readiness  # noqa: PLC0415
-    from worker.cli.usage import NotReady  # noqa: PLC0415
+TOO_OLD_REDIS = "which is too old: tokentrail needs Redis 7.0 or newer, or Valkey."
 
-    with pytest.raises(
-        NotReady, match=r"^Redis at h has version 6\.2\.14, which is too old: tokentrail needs Redis 7\.0"
-    ):
-        list(readiness._durability("Redis at h", {"redis_version": "6.2.14"}, None))
+
+def test_redis_that_is_too_old(tokentrail, database_url, broker_url):
+    with OldRedis(broker_url) as old:
+        said = tokentrail("worker", DATABASE_URL=database_url, BROKER_URL=old.url)
+    expect(said, 1, "Redis at ", " has version 6.", TOO_OLD_REDIS)
+
+
+def test_redis_that_is_too_old_for_all_that_up_starts(database_url, broker_url, tmp_path):
+    with OldRedis(broker_url) as old:
+        given = {"DATABASE_URL": database_url, "BROKER_URL": old.url, "TOKENTRAIL_HOME": str(tmp_path)}
+        said = ended("up", environment=given)
+    expect(said, 1, "Redis at ", " has version 6.", TOO_OLD_REDIS)
 
 
 def test_redis_that_is_full(tokentrail, tmp_path):

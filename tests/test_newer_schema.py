@@ -164,4 +164,5 @@ def test_the_api_of_before_answers_beside_a_schema_that_is_newer_and_warns_once(
 
     eventually(lambda: status("/readyz") == 200 or api.poll() is not None, 60)
     assert [status("/readyz"), status("/api/account/transaction-history?userId=ann"), status("/readyz")] == [200] * 3
+    assert log.read_text().count("the schema is newer than this code, answering from it") == 1
     assert log.read_text().count(f"{NEWER}; deploy the newer code soon.") == 1

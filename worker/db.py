@@ -178,7 +178,7 @@ def check_schema(connection: psycopg.Connection) -> str | None:
     return f"The schema is at {current}, newer than this code ({known}); deploy the newer code soon."
 
 
-def refuse_old_server(connection: psycopg.Connection) -> None:
+def refuse_old_server(connection: psycopg.BaseConnection[Any]) -> None:
     """Raise SchemaError when the server is older than we work with."""
     version = connection.info.server_version
     if version < OLDEST_SERVER:

@@ -48,10 +48,11 @@ class Failed(Exception):
     """A part did not start, or cannot go on; the message says which and shows its last lines."""
 
 
-def up(*, with_demo: bool) -> None:
+def up(*, with_demo: bool, look_at_broker: Callable[[str], object]) -> None:
     """Run everything until SIGINT, SIGTERM or SIGHUP; then stop it in order: worker, API, Flower, servers.
 
-    Raises AlreadyRunning, Failed, EmbeddedError or ConfigError; by then nothing is left running.
+    Raises AlreadyRunning, Failed, EmbeddedError or ConfigError, or what `look_at_broker` raises of a Redis that is
+    given; by then nothing is left running.
     """
     HOME.mkdir(parents=True, exist_ok=True)
     family = Family()
@@ -59,7 +60,10 @@ def up(*, with_demo: bool) -> None:
         stack.callback(_forget_addresses)
         _forget_addresses()  # of one that was killed: the settings would take them for running servers
         settings.cache_clear()
-        running = _Running(settings(), family)
+        given = settings()
+        if given.broker_url:
+            look_at_broker(given.broker())  # what it warns of, the worker says too
+        running = _Running(given, family)
         running.run(stack, with_demo=with_demo)
     running.say("stopped; nothing is left running.")
 

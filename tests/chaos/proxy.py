@@ -1,7 +1,11 @@
-"""A TCP proxy between a worker and a server, whose connections a test can cut, stall and leave half-open."""
+"""A TCP proxy between a worker and a server, whose connections a test can cut, stall and leave half-open.
+
+Two more make a server say of itself that it is old.
+"""
 
 from __future__ import annotations
 
+import re
 import selectors
 import socket
 import struct
@@ -116,3 +120,17 @@ class Proxy:
             with suppress(OSError):
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
             each.close()
+
+
+class OldPostgreSQL(Proxy):
+    """A server that says of itself that it is of 2021: no package of the machine brings one."""
+
+    def passed(self, data):
+        return re.sub(rb"(server_version\0)\d\d", rb"\g<1>14", data)
+
+
+class OldRedis(Proxy):
+    """A server that says of itself that it is of 2020: no package of the machine brings one."""
+
+    def passed(self, data):
+        return re.sub(rb"(\nredis_version:)\d", rb"\g<1>6", data)

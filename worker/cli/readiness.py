@@ -41,7 +41,7 @@ def look_at_servers(settings: Settings) -> list[str]:
 
     Raises NotReady, SchemaError or ConfigError, in one sentence, where a worker could not keep its promises.
     """
-    return [*_database(settings), *_broker(settings.broker())]
+    return [*_database(settings), *look_at_broker(settings.broker())]
 
 
 def _database(settings: Settings) -> Iterator[str]:
@@ -58,6 +58,11 @@ def no_database(error: psycopg.OperationalError) -> str:
     why = said(error)
     advice = next((advice for words, advice in _OF_CONNECTING.items() if words in why), _OTHERWISE)
     return f"PostgreSQL cannot be used ({why}): {advice}."
+
+
+def look_at_broker(url: str) -> list[str]:
+    """As `look_at_servers`, of Redis alone."""
+    return list(_broker(url))
 
 
 def _broker(url: str) -> Iterator[str]:

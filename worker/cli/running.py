@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from rich.console import Console
 
 from worker import up as running
+from worker.cli.readiness import look_at_broker
 from worker.cli.usage import Misused
 from worker.config import Settings, settings
 from worker.db import ROOT, migrate
@@ -31,7 +32,7 @@ def up(
 
     With DATABASE_URL or BROKER_URL set, those servers are used instead of embedded ones.
     """
-    running.up(with_demo=demo)
+    running.up(with_demo=demo, look_at_broker=look_at_broker)
 
 
 def demo(

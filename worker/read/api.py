@@ -126,13 +126,13 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/readyz", response_model=Health, responses=problems.documented(503), operation_id="readyz")
     async def readyz() -> Response:
-        """The database answers, and is migrated to what this code knows."""
+        """The database answers, is new enough, and is migrated to what this code knows."""
         revision = await database.read(_revision, READY_WITHIN)
         if revision != known:
             newer = await asyncio.to_thread(_check_schema, settings)  # raises the sentence, unless the schema is newer
             if newer and revision not in warned:  # once, and not whenever somebody asks
                 warned.add(revision)
-                log.warning("schema_newer", reason=newer)
+                log.warning("the schema is newer than this code, answering from it", reason=newer)
         return _json(Health(status="ready"))
 
     return app
@@ -168,6 +168,7 @@ def _json(answer: Answer) -> Response:
 
 
 async def _revision(connection: AsyncConnection) -> str | None:
+    db.refuse_old_server(connection)
     try:
         row = await (await connection.execute("SELECT version_num FROM alembic_version")).fetchone()
     except UndefinedTable:
