@@ -14,7 +14,7 @@ from typing import Final
 
 from alembic import context, op
 from alembic.util import CommandError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 from worker.db import WAITING
 
@@ -33,11 +33,22 @@ _LOCK_NOT_AVAILABLE: Final = "55P03"
 @contextmanager
 def steps() -> Iterator[None]:
     """Steps inside are committed one by one, under the timeouts of `briefly`."""
-    with op.get_context().autocommit_block():
-        _impatient()
-        yield
-        op.execute("RESET lock_timeout")
-        op.execute("RESET statement_timeout")
+    failure: BaseException | None = None
+    try:
+        with op.get_context().autocommit_block():
+            _impatient()
+            try:
+                yield
+            except BaseException as error:
+                failure = error
+                raise
+            op.execute("RESET lock_timeout")
+            op.execute("RESET statement_timeout")
+    except PendingRollbackError:
+        # The connection is gone, for Ctrl-C too takes it, and the end of the block trips on that, not on its cause.
+        if failure is None:
+            raise
+        raise failure from None
 
 
 def briefly(statement: str, *, on: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The command `tokentrail`. Exit codes: 0 done, 1 something failed or is away, 2 the command or a setting is wrong.
+"""The command `tokentrail`. What its exit codes mean is in examples.py, for every --help to say.
 
 examples.py   what every --help shows of its command in use
 readiness.py  what a worker looks at before it starts
@@ -70,7 +70,10 @@ def _program(
 
 
 def main() -> NoReturn:
-    """Run the command line and exit. Errors a user can meet are one sentence on standard error, never a traceback."""
+    """Run the command line and exit. Errors a user can meet are one sentence on standard error, never a traceback.
+
+    Ctrl-C is exit code 130, by typer.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None when it is closed
             stream.reconfigure(errors="backslashreplace")  # a producer's text may be more than a terminal can say

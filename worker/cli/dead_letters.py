@@ -20,7 +20,7 @@ from rich.table import Table
 
 from schema.reasons import DEAD_LETTER_REASONS
 from schema.tables import DEAD_LETTER_STATES
-from worker.cli.usage import Misused
+from worker.cli.usage import Misused, interruptible
 from worker.config import settings
 from worker.db import check_schema, connect
 from worker.ledger import letterbox
@@ -137,7 +137,8 @@ def replay(
     who = _who(by)
     with found.publisher() as publisher, _connection() as connection:
         wanted = list(dict.fromkeys(numbers)) if numbers else letterbox.numbers(connection, which)
-        with progress("replaying", len(wanted), console(stderr=True)) as advance:
+        safe = "replaying again is safe, for each event counts once."
+        with interruptible(lambda: safe), progress("replaying", len(wanted), console(stderr=True)) as advance:
             report = replay_letters(
                 connection,
                 publisher,
@@ -192,7 +193,8 @@ def purge(
     with _connection() as connection:
         total, spared = letterbox.purgeable(connection, age)
         purged = 0
-        with progress("purging", total, console(stderr=True)) as advance:
+        rest = "bodies removed by now are gone; purge again for the rest."
+        with interruptible(lambda: rest), progress("purging", total, console(stderr=True)) as advance:
             for some in letterbox.purge(connection, age):
                 purged += some
                 advance(some)

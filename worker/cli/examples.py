@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
     import typer
 
-EXIT_CODES: Final = "Exit codes: 0 done, 1 something failed or is away, 2 the command or a setting is wrong."
+EXIT_CODES: Final = (
+    "Exit codes: 0 done, 1 something failed or is away, 2 the command or a setting is wrong, 130 Ctrl-C."
+)
 
 #: Command or group → how it is called, one or several ways; the first is the program itself. A test holds that each of
 #: them is here, and that the command line can read every example; it runs none.

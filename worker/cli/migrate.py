@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import psycopg
@@ -9,7 +10,7 @@ import typer
 from alembic import command
 
 from worker.cli.adoption import differences
-from worker.cli.usage import Misused
+from worker.cli.usage import Misused, interruptible
 from worker.config import settings
 from worker.db import (
     BEFORE_THE_TRAIL,
@@ -47,7 +48,9 @@ def deploy(
             command.upgrade(alembic_config(), f"{since or 'base'}:head", sql=True)
         return
     url = settings().database()
-    with migrating(url, console(stderr=True)) as tell:
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # it warns of the very statement that Ctrl-C ends
+    goes_on = "`tokentrail migrate` goes on from where this one came to, and workers run on meanwhile."
+    with interruptible(lambda: goes_on), migrating(url, console(stderr=True)) as tell:
         done = bring_up_to_date(url, tell)
     if done.left:
         typer.echo(done.left)

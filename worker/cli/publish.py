@@ -13,7 +13,7 @@ import typer
 from schema.canonical import read_json
 from schema.events import InvalidEvent, parse_event
 from schema.publisher import PublishError, bulks
-from worker.cli.usage import Misused
+from worker.cli.usage import Misused, interruptible
 from worker.config import settings
 from worker.show import console, count, progress
 
@@ -104,7 +104,14 @@ def _publish_one(publisher: Publisher, event: Event) -> None:
 
 def _publish_file(publisher: Publisher, events: Lines, found: Settings, *, bulk: bool, lanes: int) -> None:
     sent = 0
-    with progress("publishing", events.count, console(stderr=True)) as advance:
+
+    def so_far() -> str:
+        return (
+            f"at least {sent:,} of {events.count:,} events were published;"
+            " publishing the whole file again is safe, for each counts once."
+        )
+
+    with interruptible(so_far), progress("publishing", events.count, console(stderr=True)) as advance:
         for run in bulks(events):
             try:
                 if bulk:

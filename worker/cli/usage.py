@@ -1,8 +1,14 @@
-"""How a command refuses what it was given."""
+"""How a command refuses what it was given, and what it says when it is told to stop."""
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
+
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 class Misused(typer.TyperException):
@@ -13,3 +19,16 @@ class Misused(typer.TyperException):
 
 class NotReady(Exception):
     """What the command needs is away or taken; the message says what. Exit code 1."""
+
+
+@contextlib.contextmanager
+def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
+    """Say where things stand when Ctrl-C ends the block, and with it the command. Exit code 130.
+
+    For what changes something: a command that only reads ends without a word.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"tokentrail: Interrupted: {sentence()}", err=True)
+        raise
