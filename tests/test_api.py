@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
@@ -22,6 +23,7 @@ import httpx2
 import psycopg
 import pytest
 import uvicorn
+from brokers import eventually
 from chaos.proxy import OldPostgreSQL
 from jsonschema import Draft202012Validator
 from pydantic import SecretStr
@@ -432,18 +434,28 @@ def test_api_starts_without_a_database_says_so_once_and_recovers_by_itself(datab
                 connection.execute("DROP DATABASE tokentrail_not_there_yet WITH (FORCE)")
 
 
-def api_backends(connection):
+def api_backends(connection, state=None):
     rows = connection.execute(
         "SELECT pid FROM pg_stat_activity WHERE application_name = 'tokentrail api' AND datname = current_database()"
+        " AND state = COALESCE(%s, state)",
+        [state],
     )
     return [pid for (pid,) in rows]
 
 
-def test_lost_connections_are_replaced_before_a_reader_notices(client, connection):
-    for _ in range(5):
-        assert client.get(f"{HISTORY}?userId=u").status_code == 200
+def test_lost_connections_are_replaced_before_a_reader_notices(client, connection, database_url):
+    """However many the pool holds: all of them die when the server is restarted."""
+    for _ in range(3):
+        with ThreadPoolExecutor(6) as readers:
+            with psycopg.connect(database_url) as stranger:
+                stranger.execute("LOCK TABLE account")
+                asked = [readers.submit(client.get, f"{HISTORY}?userId=u") for _ in range(6)]
+                eventually(lambda: len(api_backends(connection, "active")) == 6)
+            assert [each.result().status_code for each in asked] == [200] * 6
+        eventually(lambda: len(api_backends(connection, "idle")) == len(api_backends(connection)))
         for pid in api_backends(connection):
             connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        assert client.get(f"{HISTORY}?userId=u").status_code == 200
 
 
 def test_a_frozen_database_costs_a_bounded_wait_and_then_a_503(client, connection):

@@ -77,7 +77,7 @@ class Database:
             max_size=POOL_SIZE,
             open=False,
             configure=_configure,
-            check=_check,
+            check=self._check,
             reconnect_timeout=RECONNECT_SECONDS,
             kwargs={
                 "autocommit": True,
@@ -131,17 +131,23 @@ class Database:
         self._away = False
         return answer
 
+    async def _check(self, connection: AsyncConnection) -> None:
+        """Connections die while they lie in the pool, when the server restarts: no reader shall be the one to notice.
+
+        All at once, mostly. The pool looks at one after the other, and waits ever longer between two dead ones.
+        """
+        try:
+            with _hanging_up_after(1, connection):
+                await connection.execute("")
+        except (OperationalError, InterfaceError):
+            await self._pool.drain()
+            raise
+
 
 async def _configure(connection: AsyncConnection) -> None:
     # SET after connecting, not `options`: poolers refuse start-up parameters they do not know.
     with _hanging_up_after(PATIENCE, connection):
         await connection.execute(SESSION)
-
-
-async def _check(connection: AsyncConnection) -> None:
-    """Connections die while they lie in the pool, when the server restarts: no reader shall be the one to notice."""
-    with _hanging_up_after(1, connection):
-        await connection.execute("")
 
 
 @contextlib.contextmanager
