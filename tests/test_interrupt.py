@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ import sys
 import psycopg
 import pytest
 from brokers import eventually
+from psycopg.pq import TransactionStatus
+from psycopg.waiting import Wait
 from stage import accrual
 
 from schema.events import event_json
@@ -20,6 +23,7 @@ from schema.publisher import connect
 from worker.cli.worker import CELERY
 from worker.config import Settings
 from worker.db import ROOT, migrate
+from worker.db import connect as connect_database
 from worker.ledger.outcomes import Origin
 from worker.ledger.settle import Ledger
 from worker.queue.tasks import ACCRUE, letter_of
@@ -193,3 +197,34 @@ def test_ctrl_c_ends_a_demo(database_url, broker_url):
         code, _, err = ctrl_c(process)
     assert code == 130
     assert "Traceback" not in err
+
+
+def met_by_ctrl_c(statement, connection):
+    """Psycopg's own steps towards an answer; Ctrl-C comes in the midst of one, once the server keeps us waiting."""
+    try:
+        awaited = next(statement)
+        while True:
+            sent = connection.pgconn.transaction_status == TransactionStatus.ACTIVE and awaited == Wait.R
+            if sent and not select.select([connection.fileno()], [], [], 0.5)[0]:
+                raise KeyboardInterrupt
+            awaited = statement.send((yield awaited))
+    except StopIteration as end:
+        return end.value
+
+
+def test_ctrl_c_within_psycopg_itself_leaves_nothing_to_say(database_url, monkeypatch, caplog):
+    """A few of a thousand do: too few to wait for, so this one is made to."""
+    wait = psycopg.Connection.wait
+    with (
+        psycopg.connect(database_url) as stranger,
+        connect_database(database_url, Settings(DATABASE_URL=database_url)) as connection,
+    ):
+        stranger.execute("LOCK TABLE account")
+        monkeypatch.setattr(
+            psycopg.Connection, "wait", lambda self, steps, *rest: wait(self, met_by_ctrl_c(steps, self), *rest)
+        )
+        with pytest.raises(KeyboardInterrupt), connection.transaction():
+            connection.execute("SELECT FROM account")
+        monkeypatch.undo()
+        assert connection.closed
+    assert caplog.messages == []

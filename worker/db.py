@@ -14,6 +14,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from psycopg.abc import PQGen
+from psycopg.pq import TransactionStatus
 from sqlalchemy.exc import ProgrammingError
 
 from worker.config import Settings
@@ -188,7 +189,10 @@ def refuse_old_server(connection: psycopg.BaseConnection[Any]) -> None:
 
 
 class _Connection(psycopg.Connection[Any]):
-    """A connection that can tell a dead peer behind a live one, such as a pooler that froze: by a clock of our own."""
+    """A connection that can tell a dead peer behind a live one, such as a pooler that froze: by a clock of our own.
+
+    And that Ctrl-C leaves usable or closed, wherever it comes.
+    """
 
     answer_within: float | None = None
 
@@ -203,6 +207,11 @@ class _Connection(psycopg.Connection[Any]):
                 raise psycopg.OperationalError(
                     f"no answer from PostgreSQL within {self.answer_within:g} s: the connection is taken for dead"
                 ) from None
+            raise
+        except KeyboardInterrupt:
+            # psycopg cancels the statement and reads that it was; not where Ctrl-C met, and so ended, `gen` itself.
+            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                self.pgconn.finish()
             raise
 
 
