@@ -32,6 +32,8 @@ def test_a_dependency_with_the_name_of_one_of_our_packages_would_be_found(tmp_pa
     for project, file in {"worker": "worker/__init__.py", "json-schema-of-others": "schema.py"}.items():
         installed = tmp_path / f"{project.replace('-', '_')}-1.0.dist-info"
         installed.mkdir()
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()  # the newer Pythons leave out what RECORD names and is not there
         (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n")
         (installed / "RECORD").write_text(f"{file},,\n{installed.name}/METADATA,,\n{installed.name}/RECORD,,\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
