@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ import psutil
 import psycopg
 import pytest
 
-from worker.listening import CannotListen, listen
+from tests.brokers import free_port
+from worker.listening import CannotListen, claim, listen
 from worker.processes import Child, Family
 from worker.read.supply import read_supply
 
@@ -185,6 +187,32 @@ def test_up_uses_the_servers_that_are_set_and_says_why_a_part_does_not_start(tok
     assert "PostgreSQL and Valkey" not in up.printed()
     assert "tokentrail: flower ended with code" in up.printed()
     assert "nonsense" in up.printed()
+
+
+def test_two_ups_that_start_at_once_never_choose_the_same_port():
+    """All have chosen before anybody listens: each would announce the Flower of whoever is first as its own."""
+    first = free_port()
+    choose = (
+        "import contextlib, sys\n"
+        "from worker.up import _free_port\n"
+        "with contextlib.ExitStack() as stack:\n"
+        f"    print(_free_port(stack, 'FLOWER', '127.0.0.1', {first}), flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with contextlib.ExitStack() as stack:
+        ups = [
+            stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", choose], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            )
+            for _ in range(3)
+        ]
+        chosen = [int(each.stdout.readline()) for each in ups]
+        assert len({*chosen}) == len(ups), chosen
+        for port in chosen:  # what is held is not in the way of the child
+            listen("127.0.0.1", port).close()
+        for each in ups:
+            each.stdin.close()
+    claim("127.0.0.1", chosen[0]).close()
 
 
 @pytest.mark.parametrize("host", ["::1", "::"])

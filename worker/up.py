@@ -21,7 +21,7 @@ from rich.text import Text
 from worker.config import HOME, settings
 from worker.db import ROOT, deploy
 from worker.embedded import EmbeddedError, servers
-from worker.listening import CannotListen, listen
+from worker.listening import CannotListen, claim
 from worker.processes import Child, Family
 from worker.show import console, migrating
 
@@ -117,8 +117,8 @@ class _Running:
         elif done.applied:
             self.say(f"migrated the database to {done.applied[-1]}")
         given = self._settings
-        api = _Address(given.api_host, _free_port("API", given.api_host, given.api_port))
-        flower = _Address("127.0.0.1", _free_port("FLOWER", "127.0.0.1", given.flower_port, taken=api.port))
+        api = _Address(given.api_host, _free_port(stack, "API", given.api_host, given.api_port))
+        flower = _Address("127.0.0.1", _free_port(stack, "FLOWER", "127.0.0.1", given.flower_port))
         addresses = {
             "database_url": database_url,
             "broker_url": broker_url,
@@ -274,14 +274,12 @@ class _Running:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _free_port(what: str, host: str, first: int, taken: int | None = None) -> int:
-    """The first port from `first` on that nobody listens on; what is to listen there is `what`."""
+def _free_port(stack: contextlib.ExitStack, what: str, host: str, first: int) -> int:
+    """The first port from `first` on that nobody has, ours until the stack unwinds; `what` is to listen there."""
     ports = range(first, min(first + 200, 65_536))
     for port in ports:
-        if port == taken:
-            continue
         try:
-            listen(host, port).close()
+            stack.enter_context(claim(host, port))
         except CannotListen as error:
             if not error.taken:
                 raise Failed(str(error)) from error
