@@ -13,7 +13,7 @@ import sys
 
 import psycopg
 import pytest
-from brokers import eventually
+from brokers import Broker, eventually
 from psycopg.pq import TransactionStatus
 from psycopg.waiting import Wait
 from stage import accrual
@@ -93,22 +93,21 @@ def test_what_waits_for_a_server_that_says_nothing_ends_without_a_word(command):
                 assert ctrl_c(process) == (130, "", "")
 
 
-def test_publish_says_how_much_of_a_file_was_published_and_that_all_of_it_may_be_again(broker_url, tmp_path):
+def test_publish_says_how_much_of_a_file_was_published_and_that_all_of_it_may_be_again(tmp_path):
+    """On a broker of its own: others' writes would wait too."""
     file = tmp_path / "events"
     file.write_text("".join(f"{event_json(accrual('ann', 1, f'k-{n}'))}\n" for n in range(1_500)))
     command = (*TOKENTRAIL, "publish", str(file))
-    with connect(broker_url) as broker:
-        broker.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
-        try:
-            with running({"BROKER_URL": broker_url}, *command) as process:
-                eventually(lambda: int(broker.info("clients")["blocked_clients"]) > 0, 60)
-                said = ctrl_c(process)
-        finally:
-            broker.execute_command("CLIENT", "UNPAUSE")
     again = "publishing the whole file again is safe, for each counts once."
-    assert said == (130, "", f"{INTERRUPTED}at least 0 of 1,500 events were published; {again}\n")
-    with running({"BROKER_URL": broker_url}, *command) as process:
-        assert process.communicate(timeout=60) == ("Published 1,500 events to the queue tokens.\n", "")
+    with Broker(tmp_path / "broker") as given, given.client as broker:
+        broker.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
+        with running({"BROKER_URL": given.url}, *command) as process:
+            eventually(lambda: int(broker.info("clients")["blocked_clients"]) > 0, 60)
+            said = ctrl_c(process)
+        assert said == (130, "", f"{INTERRUPTED}at least 0 of 1,500 events were published; {again}\n")
+        broker.execute_command("CLIENT", "UNPAUSE")
+        with running({"BROKER_URL": given.url}, *command) as process:
+            assert process.communicate(timeout=60) == ("Published 1,500 events to the queue tokens.\n", "")
 
 
 def test_migrate_goes_on_where_it_was_interrupted(empty_database_url):
