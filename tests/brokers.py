@@ -40,6 +40,15 @@ def eventually(holds: Callable[[], Any], seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
+def cut_connections(client: redis.Redis) -> None:
+    """Cut all other connections to the logical database of `client`; other tests may use others of this server."""
+    database = str(client.get_connection_kwargs()["db"])
+    own = client.client_id()
+    for each in client.client_list():
+        if each["db"] == database and int(each["id"]) != own:
+            client.client_kill_filter(_id=each["id"])
+
+
 class Broker:
     """A Valkey, or whatever `program` names, on a port of its own, that a test may kill and start again."""
 

@@ -555,11 +555,15 @@ def test_serve_answers_until_told_to_stop_and_finishes_what_is_under_way(databas
             assert (status, found["detail"][:34]) == (422, "idempotencyKey is given 101 times:")
 
             answers = []
+            waiting = (
+                "SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database"
+                " WHERE NOT granted AND datname = current_database()"
+            )
             with connection.transaction():
                 connection.execute("LOCK TABLE account")
                 reader = threading.Thread(target=lambda: answers.append(client.get(f"{HISTORY}?userId=u")))
                 reader.start()
-                while not connection.execute("SELECT FROM pg_locks WHERE NOT granted").fetchall():
+                while not connection.execute(waiting).fetchall():
                     time.sleep(0.01)
                 process.send_signal(stop)
                 time.sleep(0.3)

@@ -133,7 +133,8 @@ def test_events_keep_their_order_across_batches(broker_url, client):
     assert len({message["headers"]["id"] for message in taken(client)}) == len(sent)
 
 
-def test_batches_are_cut_by_bytes_too(broker_url, client):
+def test_batches_are_cut_by_bytes_too(own_broker):
+    broker_url, client = own_broker
     events = [burn(n, metadata={"text": "x" * 16_000}) for n in range(100)]
     before = client.info("commandstats")["cmdstat_lpush"]["calls"] if client.lpush("warm", 1) else 0
     with Publisher(broker_url) as publisher:

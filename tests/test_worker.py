@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from brokers import Broker, Sentinel, eventually, free_port
+from brokers import Broker, Sentinel, cut_connections, eventually, free_port
 from celery import Celery
 from stage import Stage, Watcher, accrual, burn
 
@@ -331,7 +331,7 @@ def test_a_quiet_worker_finds_the_database_again_after_redis_was_away_too(stage)
                 (name,),
             )
             eventually(lambda: "database not available" in stage.log())
-            stage.redis.client_kill_filter(_type="normal", skipme=True)
+            cut_connections(stage.redis)
             eventually(lambda: stage.redis.llen("tokens") == 1 and stage.redis.hlen("unacked") == 0)
             connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
     eventually(lambda: stage.balance("ann") == 1)
@@ -344,7 +344,7 @@ def test_what_waits_for_a_locked_account_waits_once_however_often_it_is_delivere
     with account_locked(stage, "ann"):
         stage.publisher.publish_all(accrual("ann", 1, f"a{n}") for n in range(5_500))
         eventually(lambda: LOCKED in stage.log() and stage.redis.hlen("unacked") == 5_500)
-        stage.redis.client_kill_filter(_type="normal", skipme=True)
+        cut_connections(stage.redis)
         eventually(lambda: "Connection to broker lost" in stage.log())
         eventually(lambda: stage.redis.hlen("unacked") == 5_500 and stage.redis.llen("tokens") == 0, 30)
         with closing(Publisher(stage.broker_url)) as publisher:

@@ -690,7 +690,10 @@ def test_a_worker_frozen_in_the_middle_of_a_copy_is_overcome(watched, owner, url
 
 def in_copy(owner):
     """The backends that wait for the lines of a COPY."""
-    found = owner.execute("SELECT pid FROM pg_stat_activity WHERE query LIKE 'COPY %' AND wait_event = 'ClientRead'")
+    found = owner.execute(
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE datname = current_database() AND query LIKE 'COPY %' AND wait_event = 'ClientRead'"
+    )
     return [row[0] for row in found if row[0] != owner.info.backend_pid]
 
 
