@@ -646,9 +646,11 @@ def test_part_of_up_that_does_not_answer(database_url, broker_url, tmp_path):
 @pytest.mark.parametrize(
     ("variable", "words"), [("PG_BIN", "There is no initdb in /none"), ("VALKEY_SERVER", "no file")]
 )
-def test_embedded_server_that_is_not_there(tokentrail, variable, words):
+def test_embedded_server_that_is_not_there_leaves_nothing_behind(tokentrail, monkeypatch, tmp_path, variable, words):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     given = {f"TOKENTRAIL_{variable}": "/none"}
     expect(tokentrail("demo", **given), 1, words, f"TOKENTRAIL_{variable} names")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

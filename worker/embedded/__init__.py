@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from worker.embedded.binaries import postgres_folder, valkey_program
 from worker.embedded.postgres import PostgresServer
 from worker.embedded.process import FOLDER_MODE, LOGS, EmbeddedError, make_folder
 from worker.embedded.unprivileged import discard
@@ -63,6 +64,7 @@ def servers(data: Path | None = None, *, durable: bool | None = None) -> Iterato
     ports. Raises EmbeddedError when one does not start, or when another process has the same `data`, OSError when
     the machine does not let it.
     """
+    postgres_folder(), valkey_program()  # where one is missing, nothing is started and no log of it is left behind
     if data is None:
         folder = Path(tempfile.mkdtemp(prefix="tokentrail-"))
         folder.chmod(FOLDER_MODE)
