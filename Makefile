@@ -17,7 +17,7 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --no-
 # pip, and on a terminal how far it is, for this takes half a minute. What it says of trouble it says in any case.
 watched = if [ -t 1 ]; then \
 		rm -f .venv/failed; { $(1) || echo $$? > .venv/failed; } | awk -v all="$$(grep -c '^[a-z].*==' $(lastword $(1)))" ' \
-			/^(Collecting|Ignoring|Requirement already)/ { printf "\r  %d of %d packages", ++n, all; fflush() } \
+			/^(Collecting|Processing|Ignoring|Requirement already)/ { printf "\r  %d of %d packages", ++n, all; fflush() } \
 			/^Installing collected/ { printf ", unpacking them"; fflush() } \
 			END { print "" }'; \
 		test ! -e .venv/failed; \

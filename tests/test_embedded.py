@@ -161,6 +161,22 @@ def test_a_terminated_guard_stops_its_servers(start_program):
     assert_all_end(processes)
 
 
+def test_a_terminated_guard_is_reported_and_its_log_is_kept():
+    def lose_it():
+        with embedded.servers() as pair:
+            guard = psutil.Process(pair.pids[0])
+            guard.terminate()
+            assert_all_end([guard])
+            pair.check()
+
+    with pytest.raises(EmbeddedError, match=r"^The guard of the embedded servers was killed or has failed") as failure:
+        lose_it()
+    log = Path(str(failure.value).rpartition("its log is ")[2].removesuffix("."))
+    assert log.exists()
+    assert [path.name for path in log.parent.parent.iterdir()] == ["logs"]
+    embedded.discard(log.parent.parent)
+
+
 def test_servers_that_were_all_killed_come_back_with_what_they_had(server_folder):
     with embedded.servers(server_folder) as pair:
         write(pair)
@@ -296,7 +312,9 @@ def test_a_root_without_nobody_is_told_both_ways_out(monkeypatch):
 
 def test_a_named_program_that_is_not_there_is_refused_with_the_name_of_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENTRAIL_PG_BIN", str(tmp_path))
-    with pytest.raises(EmbeddedError, match=f"no initdb in {tmp_path}, which TOKENTRAIL_PG_BIN names"):
+    with pytest.raises(
+        EmbeddedError, match=rf"^{tmp_path}/initdb does not run \(No such file .*with TOKENTRAIL_PG_BIN"
+    ):
         PostgresServer(tmp_path / "data").start()
 
 

@@ -12,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-#: Stands where pip does: it says what pip says of three packages, and ends as it is told to.
+#: Stands where pip does: it says what pip says of four packages, one of them from a folder, and ends as told.
 PIP = """#!/bin/sh
 case "$*" in *--quiet*) quiet=yes;; esac
 [ "$quiet" ] || printf '%s\\n' 'Collecting one==1 (from -r lock (line 1))' '  Downloading one-1.whl' \
-    'Ignoring two: markers do not match' 'Collecting three==1' 'Installing collected packages: one, three'
+    'Ignoring two: markers do not match' 'Collecting three==1' 'Processing /wheels/four-1.whl (from -r lock (line 4))' \
+    'Installing collected packages: one, three, four'
 [ -z "$TROUBLE" ] || echo "ERROR: $TROUBLE" >&2
 [ -z "$TROUBLE" ]
 """
@@ -30,7 +31,7 @@ def clone(tmp_path, requires_program):
     (folder / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(ROOT / "Makefile", folder)
     (folder / "pyproject.toml").touch()
-    (folder / "requirements.lock").write_text("one==1\ntwo==1\nthree==1\n")
+    (folder / "requirements.lock").write_text("one==1\ntwo==1\nthree==1\nfour==1\n")
     (folder / ".venv" / "made-in").write_text(f"{folder}\n")
     for name, text in (("python", "#!/bin/sh\n"), ("pip", PIP)):
         (folder / ".venv" / "bin" / name).write_text(text)
@@ -63,7 +64,7 @@ def on_a_terminal(clone, trouble=""):
 def test_a_terminal_shows_how_far_it_is(clone):
     code, shown = on_a_terminal(clone)
     assert code == 0, shown
-    assert "\r  1 of 3 packages\r  2 of 3 packages\r  3 of 3 packages, unpacking them\r\n" in shown
+    assert "".join(f"\r  {n} of 4 packages" for n in range(1, 5)) + ", unpacking them\r\n" in shown
     assert (clone / ".venv" / "runtime").exists()
 
 

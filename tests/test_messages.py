@@ -643,14 +643,60 @@ def test_part_of_up_that_does_not_answer(database_url, broker_url, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("variable", "program"), [("PG_BIN", "initdb"), ("VALKEY_SERVER", "valkey-server")])
 @pytest.mark.parametrize(
-    ("variable", "words"), [("PG_BIN", "There is no initdb in /none"), ("VALKEY_SERVER", "no file")]
+    ("named", "why"),
+    [
+        ("none", "No such file or directory"),
+        ("text/none", "Not a directory"),
+        ("text", "Permission denied"),
+        ("folder", "it is no file"),
+        ("loop", "Too many levels of symbolic links"),
+        ("x" * 300, "File name too long"),
+    ],
 )
-def test_embedded_server_that_is_not_there_leaves_nothing_behind(tokentrail, monkeypatch, tmp_path, variable, words):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    given = {f"TOKENTRAIL_{variable}": "/none"}
-    expect(tokentrail("demo", **given), 1, words, f"TOKENTRAIL_{variable} names")
-    assert list(tmp_path.iterdir()) == []
+def test_embedded_server_that_is_not_there_leaves_nothing_behind(
+    tokentrail, monkeypatch, tmp_path, variable, program, named, why
+):
+    (tmp_path / "text").write_text("no program")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / program).symlink_to(named)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    setting = f"TOKENTRAIL_{variable}"
+    said = tokentrail("demo", **{setting: str(tmp_path if variable == "PG_BIN" else tmp_path / program)})
+    expect(said, 1, f"{tmp_path / program} does not run ({why}): name another program with {setting}, or set DATABASE_")
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (bytes(range(256)), "Exec format error"),
+        (b"#!/bin/sh\nprintf 'no libx:\\n gone' >&2; exit 127\n", "no libx: / gone"),
+        (b"#!/bin/sh\nexit 3\n", "it ends with status 3"),
+    ],
+)
+def test_embedded_postgresql_that_does_not_tell_its_version(tokentrail, monkeypatch, server_folder, text, why):
+    server_folder.mkdir(mode=0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(server_folder))
+    for name in ("initdb", "postgres"):
+        (server_folder / name).write_bytes(text)
+        (server_folder / name).chmod(0o755)
+    said = tokentrail("demo", TOKENTRAIL_PG_BIN=str(server_folder))
+    expect(said, 1, f"{server_folder}/postgres does not run ({why}): name another program with TOKENTRAIL_PG_BIN, or")
+
+
+def test_embedded_valkey_that_the_machine_cannot_start(tokentrail, monkeypatch, server_folder):
+    server_folder.mkdir(mode=0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(server_folder))
+    program = server_folder / "valkey-server"
+    program.write_bytes(bytes(range(256)))
+    program.chmod(0o755)
+    said = tokentrail("demo", TOKENTRAIL_VALKEY_SERVER=str(program))
+    expect(said, 1, f"{program} does not run (Exec format error): name another program with TOKENTRAIL_VALKEY_SERVER")
 
 
 @pytest.fixture

@@ -64,7 +64,8 @@ def servers(data: Path | None = None, *, durable: bool | None = None) -> Iterato
     ports. Raises EmbeddedError when one does not start, or when another process has the same `data`, OSError when
     the machine does not let it.
     """
-    postgres_folder(), valkey_program()  # where one is missing, nothing is started and no log of it is left behind
+    postgres_folder()  # where a program is missing, nothing is begun, and no folder of empty logs stays behind
+    valkey_program()
     if data is None:
         folder = Path(tempfile.mkdtemp(prefix="tokentrail-"))
         folder.chmod(FOLDER_MODE)

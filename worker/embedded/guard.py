@@ -32,7 +32,7 @@ def guard(folder: Path, program: int, *, durable: bool, throw_away: bool) -> Non
     """
     postgres = PostgresServer(folder, durable=durable, owner=program)
     valkey = ValkeyServer(folder, durable=durable, owner=program)
-    failed = False
+    failed = True  # as it also has when what follows ends in something that nobody expected
     try:
         for server in (postgres, valkey):
             server.launch()
@@ -41,17 +41,16 @@ def guard(folder: Path, program: int, *, durable: bool, throw_away: bool) -> Non
         pids = [os.getpid(), postgres.pid, valkey.pid]
         _tell({"database_url": postgres.url, "broker_url": valkey.url, "pids": pids})
         _watch(program, [postgres, valkey])
+        failed = False
     except (ConfigError, EmbeddedError) as error:
-        failed = True
         _tell({"error": str(error)})
     except OSError as error:  # of the machine: what helps is said where the same is said of other commands
-        failed = True
         _tell({"error": str(error), "errno": error.errno, "path": error.filename or str(folder)})
     finally:
         valkey.stop()
         postgres.stop()
         if throw_away:
-            discard(folder, except_logs=failed)  # they are what the error points to
+            discard(folder, except_logs=failed)  # they are what is pointed to then
 
 
 def _watch(program: int, servers: list[PostgresServer | ValkeyServer]) -> None:

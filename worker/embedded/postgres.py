@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from worker.embedded import binaries, unprivileged
-from worker.embedded.process import EmbeddedError, ServerProcess, password
+from worker.embedded.process import EmbeddedError, ServerProcess, does_not_run, password
 
 NAME = "tokentrail"  # of the superuser and of the database
 
@@ -133,10 +133,13 @@ def _major(programs: Path) -> int:
     program = programs / "postgres"
     try:
         said = subprocess.run(  # noqa: S603  the operator's choice, or the wheel's
-            [program, "--version"], check=True, capture_output=True, text=True
+            [program, "--version"], check=True, capture_output=True, text=True, errors="replace"
         ).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise EmbeddedError(f"{program} does not run: {error}.") from None
+    except OSError as error:
+        raise does_not_run(program, error.strerror, PostgresServer.variable) from None
+    except subprocess.CalledProcessError as error:
+        why = " / ".join(map(str.strip, error.stderr.strip().splitlines())) or f"it ends with status {error.returncode}"
+        raise does_not_run(program, why, PostgresServer.variable) from None
     found = re.search(r"\d+", said)
     if found is None:
         raise EmbeddedError(f"{program} does not tell its version: it says {said.strip()!r}.")

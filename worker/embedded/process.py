@@ -41,7 +41,7 @@ _ADVICE: Final = {
     "loading shared libraries": "install that library, or name another program with {variable}",
 }
 _MEND: Final = "mend what it says, or set DATABASE_URL and BROKER_URL to servers of your own"
-_SILENT: Final = "name another program with {variable}, or set DATABASE_URL and BROKER_URL to servers of your own"
+_ANOTHER: Final = "name another program with {variable}, or set DATABASE_URL and BROKER_URL to servers of your own"
 #: Free bytes below which a server that says nothing has no space to say it in: a new cluster takes as much.
 _SCARCE: Final = 64 << 20
 #: Bytes of its log that are looked at: what it said hours ago is not why it ends now.
@@ -54,6 +54,11 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 class EmbeddedError(Exception):
     """An embedded server cannot run; the message says why, what to do, and where its log is."""
+
+
+def does_not_run(program: str | Path, why: str | None, variable: str) -> EmbeddedError:
+    """Of a program that does not even begin, or does not get as far as its version; `variable` names another."""
+    return EmbeddedError(f"{program} does not run ({why}): {_ANOTHER.format(variable=variable)}.")
 
 
 class ServerProcess(ABC):
@@ -150,7 +155,7 @@ class ServerProcess(ABC):
         trouble = next((trouble for trouble in _ADVICE if trouble in said), None)
         if trouble is None and not said.strip() and shutil.disk_usage(self.folder).free < _SCARCE:
             trouble = "No space left on device"
-        advice = _ADVICE[trouble] if trouble else _MEND if said.strip() else _SILENT
+        advice = _ADVICE[trouble] if trouble else _MEND if said.strip() else _ANOTHER
         advice = advice.format(folder=self.folder, variable=self.variable)
         if ran:
             advice = f"{advice}, and start again" if trouble else f"start again, and if that fails {advice}"
@@ -213,7 +218,7 @@ class ServerProcess(ABC):
                     cwd=self._working_folder(),
                 )
             except OSError as error:
-                raise EmbeddedError(f"{command[0]} does not run: {error}.") from None
+                raise does_not_run(command[0], error.strerror, self.variable) from None
 
     def _working_folder(self) -> Path | str:
         return "/"
