@@ -27,9 +27,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from .addresses import UNREADABLE, check_broker, said, shown
 from .canonical import plain_number
 from .events import MAX_EVENTS, Accrual, Event, event_json
+from .urls import UNREADABLE, check_broker, said, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

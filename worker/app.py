@@ -15,11 +15,11 @@ from celery.signals import celeryd_init, setup_logging
 
 from worker import log
 from worker.config import ConfigError, settings
-from worker.ledger.outcomes import Origin
+from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
-from worker.queue import transport
-from worker.queue.batching import Batching
-from worker.queue.tasks import ACCRUE, APPLY_MANY, BURN, read_work
+from worker.queue.batcher import Batching
+from worker.queue.parsing import ACCRUE, APPLY_MANY, BURN, read_work
+from worker.transport import channel as transport
 
 
 def _address(url: str) -> tuple[str, dict[str, str]]:

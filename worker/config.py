@@ -13,11 +13,14 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from schema import addresses
+from schema import urls
 from schema.publisher import Publisher
 
 #: Where `tokentrail up` keeps its servers' data and writes their addresses (mode 0600).
 HOME = Path(os.environ.get("TOKENTRAIL_HOME") or ".tokentrail")
+
+#: The repository: where `python -m worker.cli` and Celery find our modules, and Alembic its migrations.
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class ConfigError(Exception):
@@ -112,7 +115,7 @@ class Settings(BaseSettings):
     @classmethod
     def _an_address_of_redis(cls, url: SecretStr | None) -> SecretStr | None:
         if url:
-            addresses.check_broker(url.get_secret_value())
+            urls.check_broker(url.get_secret_value())
         return url
 
     def database(self) -> str:
@@ -156,13 +159,13 @@ def _check_database(url: str) -> None:
     try:
         parts = conninfo_to_dict(url)
     except ProgrammingError:
-        raise ValueError(addresses.UNREADABLE) from None
+        raise ValueError(urls.UNREADABLE) from None
     ports = str(parts.get("port", "")).split(",")
     database = url.partition("://")[2].partition("/")[2].partition("?")[0]
     # A password with / or @ in it spills over into host, port and database.
     spilt = ("@" in url.partition("?")[0] and "@" in str(parts.get("host", ""))) or "@" in database
-    if spilt or addresses.BLANK.search(url) or not all(port.isdigit() for port in ports if port):
-        raise ValueError(addresses.UNREADABLE)
+    if spilt or urls.BLANK.search(url) or not all(port.isdigit() for port in ports if port):
+        raise ValueError(urls.UNREADABLE)
 
 
 def _running_servers() -> dict[str, Any]:

@@ -14,11 +14,8 @@ from celery.worker import state
 from celery.worker.request import Request
 
 from worker.config import Settings
-from worker.ledger.outcomes import Origin
-from worker.queue.envelope import DEATHS_HEADER, RESTORES_HEADER, ascii_line
-
-from . import undeliverable
-from .tasks import (
+from worker.ledger.deliveries import IfShort, Origin
+from worker.queue.parsing import (
     ACCRUE,
     APPLY_MANY,
     BURN,
@@ -32,6 +29,9 @@ from .tasks import (
     read_call,
     read_work,
 )
+from worker.transport.envelope import DEATHS_HEADER, RESTORES_HEADER, ascii_line
+
+from . import undeliverable
 
 log = structlog.get_logger(__name__)
 
@@ -109,7 +109,7 @@ class Intake:
                 call[1],
                 origin,
                 max_amount=self._settings.max_amount,
-                final=self._settings.burn_patience == 0,
+                if_short=IfShort.WAIT if self._settings.burn_patience else IfShort.REJECT,
             )
         except Unreadable as no:
             return self._refused(message, headers, body, call, no)
@@ -160,7 +160,7 @@ class Intake:
         if item.request is not None:
             state.task_ready(item.request)
 
-    def give_back(self, items: list[Item], unread: list[Any]) -> None:
+    def requeue(self, items: list[Item], unread: list[Any]) -> None:
         """Put messages back where they came from, in this order, uncounted."""
         by_channel: dict[int, list[Any]] = {}
         for item in items:
@@ -173,14 +173,14 @@ class Intake:
             qos = group[0].channel.qos
             tags = [message.delivery_tag for message in group]
             try:
-                if hasattr(qos, "hand_back"):
-                    qos.hand_back(tags)
+                if hasattr(qos, "requeue"):
+                    qos.requeue(tags)
                 else:
                     for message in reversed(group):
                         message.requeue()
             except Exception as error:  # noqa: BLE001 - Redis may be away, or refuse
-                if hasattr(qos, "give_up"):
-                    qos.give_up(tags)
+                if hasattr(qos, "requeue_later"):
+                    qos.requeue_later(tags)
                 log.warning(
                     "could not put messages back: they go when Redis takes them, or after the visibility timeout",
                     messages=len(group),

@@ -7,9 +7,8 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-from worker.queue.envelope import REASON_HEADER, UNDECODABLE_TASK, ascii_line
-
-from .tasks import MAX_BODY, Refused, Unreadable
+from worker.queue.parsing import MAX_BODY, Refused, Unreadable
+from worker.transport.envelope import REASON_HEADER, UNDECODABLE_TASK, ascii_line
 
 #: Deaths of a worker while it had a message in hand alone, after which the message is held to be the cause.
 POISONED: Final = 5
