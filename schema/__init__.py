@@ -2,6 +2,8 @@
 
     canonical.py  JSON as one exact text, numbers as Decimal
     events.py     accruals and burns: what a producer may say
+    messages.py   the wire contract: task names, headers, limits
+    text.py       hostile text made fit for one line
     reasons.py    the closed lists of why an event was not applied
     tables.py     what PostgreSQL holds, constraints included
     responses.py  what the read endpoint answers

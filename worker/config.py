@@ -14,6 +14,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schema import urls
+from schema.messages import DEFAULT_QUEUE
 from schema.publisher import Publisher
 
 #: Where `tokentrail up` keeps its servers' data and writes their addresses (mode 0600).
@@ -44,7 +45,7 @@ class Settings(BaseSettings):
         description="Redis or Valkey, as redis://, rediss:// or sentinel://. Not set: that of a running"
         " `tokentrail up`; `up` and `demo` start one.",
     )
-    queue: str = Field("tokens", description="The queue's name; lanes are <queue>.0, <queue>.1, …")
+    queue: str = Field(DEFAULT_QUEUE, description="The queue's name; lanes are <queue>.0, <queue>.1, …")
     transport: Literal["atomic", "stock"] = Field(
         "atomic",
         description="How workers take messages from Redis: atomic loses none; stock is kombu's own, to fall back on.",

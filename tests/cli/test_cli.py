@@ -15,13 +15,14 @@ import pytest
 import redis
 
 from schema.events import Accrual, Burn, event_json
+from schema.messages import APPLY_MANY
 from worker import config
 from worker.cli import main
 from worker.config import ROOT, settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
 from worker.local.embedded.process import free_port
-from worker.queue.parsing import APPLY_MANY, read_work
+from worker.queue.parsing import read_work
 from worker.schema_version import known_revision
 
 

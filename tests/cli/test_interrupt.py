@@ -17,6 +17,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.waiting import Wait
 
 from schema.events import event_json
+from schema.messages import ACCRUE
 from schema.publisher import connect
 from tests.kit.brokers import Broker, eventually
 from tests.kit.stage import accrual
@@ -25,7 +26,7 @@ from worker.config import ROOT, Settings
 from worker.db import connect as connect_database
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
-from worker.queue.parsing import ACCRUE, letter_of
+from worker.queue.parsing import letter_of
 from worker.schema_version import migrate
 
 TOKENTRAIL = (sys.executable, "-m", "worker.cli")

@@ -16,12 +16,13 @@ import psycopg
 import pytest
 
 from schema.events import event_json
+from schema.messages import ACCRUE
 from tests.kit.brokers import eventually
 from tests.kit.stage import accrual
 from worker.config import ROOT, Settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
-from worker.queue.parsing import ACCRUE, letter_of
+from worker.queue.parsing import letter_of
 from worker.schema_version import migrate
 
 TOKENTRAIL = (sys.executable, "-m", "worker.cli")

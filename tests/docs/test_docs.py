@@ -31,6 +31,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from schema.events import Accrual, Burn, event_json
+from schema.messages import APPLY_MANY
 from tests.kit.brokers import eventually, free_port
 from worker.cli import app as cli
 from worker.cli.examples import EXAMPLES, EXIT_CODES
@@ -38,7 +39,7 @@ from worker.config import Settings, settings
 from worker.ledger.deliveries import Delivery, Origin
 from worker.ledger.settle import Ledger
 from worker.local.embedded import binaries
-from worker.queue.parsing import APPLY_MANY, read_work
+from worker.queue.parsing import read_work
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "client" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

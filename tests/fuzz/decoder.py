@@ -19,7 +19,8 @@ with atheris.instrument_imports(
 ):
     from schema.canonical import NotCanonical, read_json, write_json
     from schema.events import MAX_AMOUNT, MAX_METADATA_BYTES, InvalidEvent, event_json, parse_event
-    from worker.queue.parsing import ACCRUE, APPLY_MANY, BURN, Unreadable, read_call, read_work
+    from schema.messages import ACCRUE, APPLY_MANY, BURN
+    from worker.queue.parsing import Unreadable, read_call, read_work
     from worker.transport import envelope
 
 from worker.ledger.deliveries import Origin

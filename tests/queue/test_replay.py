@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from schema.events import parse_event
+from schema.messages import ACCRUE, APPLY_MANY, TYPES
 from schema.publisher import Publisher, PublishError
 from tests.kit.brokers import eventually
 from tests.kit.stage import Stage, accrual
@@ -23,7 +24,7 @@ from worker.cli import main
 from worker.config import Settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
-from worker.queue.parsing import ACCRUE, APPLY_MANY, TYPES, letter_of, read_call, read_work
+from worker.queue.parsing import letter_of, read_call, read_work
 from worker.queue.replay import replay
 
 #: Letters that are replayed while workers are killed; TOKENTRAIL_CHAOS=long takes the full number.

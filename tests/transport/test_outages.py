@@ -15,9 +15,9 @@ import pytest
 import redis
 from kombu.asynchronous import Hub
 
+from schema import messages
 from tests.kit.brokers import OURS, Broker, Sentinel, consuming, eventually, free_port, key, message, queue_of
 from tests.kit.logs import logged
-from worker.transport import envelope
 from worker.transport.channel import SentinelTransport
 
 HERE = Path(__file__).parent
@@ -137,7 +137,7 @@ def test_an_outage_of_redis_is_not_counted_against_messages_nor_waited_for(serve
         with consuming(broker.url, visibility_timeout=1000) as consumer:
             consumer.drain_until(19)
             assert consumer.numbers == list(range(1, 20))
-            assert all(envelope.RESTORES_HEADER not in got.headers for got in consumer.messages)
+            assert all(messages.RESTORES_HEADER not in got.headers for got in consumer.messages)
 
 
 def test_closing_without_a_broker_raises_nothing_and_says_what_happens_next(server_folder, caplog):
@@ -174,7 +174,7 @@ def test_a_full_redis_is_drained(server_folder, with_loop):
                 got.ack()
             consumer.turn()
             assert client.keys("*") == []
-            assert consumer.messages[-1].headers["task"] == envelope.UNDECODABLE_TASK
+            assert consumer.messages[-1].headers["task"] == messages.UNDECODABLE_TASK
             commands = client.info("stats")["total_commands_processed"]
             consumer.drain(1)
             assert client.info("stats")["total_commands_processed"] - commands < 2000, "idles, though BLMOVE is refused"

@@ -13,6 +13,7 @@ import kombu
 import pytest
 import redis
 
+from schema import messages
 from tests.kit.brokers import OURS, PRIORITY_STEPS, STOCK, consuming, eventually, key, message, queue_of
 from tests.kit.logs import logged
 from tests.kit.proxy import Proxy
@@ -314,8 +315,8 @@ def test_bytes_that_are_no_message_are_delivered_as_such(broker_url, broker, raw
     with consuming(broker_url) as consumer:
         before, odd, after = consumer.drain_until(3)
         assert [before.headers["number"], after.headers["number"]] == [1, 2]
-        assert odd.headers["task"] == envelope.UNDECODABLE_TASK
-        assert odd.headers[envelope.REASON_HEADER]
+        assert odd.headers["task"] == messages.UNDECODABLE_TASK
+        assert odd.headers[messages.UNDECODABLE_REASON_HEADER]
         assert odd.body == raw
         assert not odd.errors
         assert broker.hlen("unacked") == 3
@@ -327,7 +328,7 @@ def test_an_odd_tag_is_no_reason_not_to_deliver_a_message(broker_url, broker, ra
     push(broker, raw)
     with consuming(broker_url) as consumer:
         (got,) = consumer.drain_until(1)
-        assert got.headers["task"] != envelope.UNDECODABLE_TASK
+        assert got.headers["task"] != messages.UNDECODABLE_TASK
         assert broker.hexists("unacked", got.delivery_tag)
         got.ack()
         consumer.turn()
@@ -356,7 +357,7 @@ def test_an_undecodable_message_comes_back_as_it_was_after_its_worker_died(broke
         consumer.channel.resume()
         (got,) = consumer.drain_until(1)
         assert got.body == raw
-        assert got.headers["task"] == envelope.UNDECODABLE_TASK
+        assert got.headers["task"] == messages.UNDECODABLE_TASK
 
 
 @pytest.mark.parametrize("raw", HOSTILE.values(), ids=HOSTILE.keys())
@@ -373,7 +374,7 @@ def test_an_undecodable_message_survives_a_restore_by_kombu_itself(broker_url, b
     with consuming(broker_url) as consumer:
         (got,) = consumer.drain_until(1)
         assert got.body == raw
-        assert got.headers["task"] == envelope.UNDECODABLE_TASK
+        assert got.headers["task"] == messages.UNDECODABLE_TASK
 
 
 def test_a_queue_that_nobody_acknowledges_drops_unreadable_bytes_and_says_so(broker_url, broker, caplog):
@@ -489,7 +490,7 @@ def test_hand_back_returns_these_messages_to_the_head_in_their_order(broker_url,
         consumer.channel.resume()
         consumer.drain_until(7)
         assert consumer.numbers[5:] == [1, 3]
-        assert envelope.RESTORES_HEADER not in consumer.messages[5].headers
+        assert messages.RESTORES_HEADER not in consumer.messages[5].headers
 
 
 def test_requeue_serves_a_message_last_and_reject_forgets_it(broker_url, broker):
@@ -515,7 +516,7 @@ def test_what_is_given_up_goes_back_when_redis_takes_it_and_is_no_longer_kept_al
         consumer.channel.resume()
         consumer.drain_until(6)
         assert consumer.numbers[4:] == [1, 3]
-        assert envelope.RESTORES_HEADER not in consumer.messages[4].headers
+        assert messages.RESTORES_HEADER not in consumer.messages[4].headers
 
 
 def test_a_message_set_aside_takes_no_prefetch_and_stays_held(broker_url, broker):
@@ -557,7 +558,7 @@ def test_what_a_lost_connection_brought_unread_comes_again_at_once_and_uncounted
         consumer.channel.client.connection.disconnect()
         consumer.drain_until(5)
         assert consumer.numbers == [0, 1, 2, 3, 4]
-        assert all(envelope.RESTORES_HEADER not in got.headers for got in consumer.messages)
+        assert all(messages.RESTORES_HEADER not in got.headers for got in consumer.messages)
 
 
 def test_deaths_are_counted_of_workers_that_had_a_message_alone_and_did_not_give_it_back(broker_url, broker):
@@ -570,7 +571,7 @@ def test_deaths_are_counted_of_workers_that_had_a_message_alone_and_did_not_give
         with consuming(broker_url, visibility_timeout=10) as consumer:
             consumer.channel.qos.restore_visible()
             (got,) = consumer.drain_until(1)
-            assert got.headers.get(envelope.DEATHS_HEADER, 0) == deaths
+            assert got.headers.get(messages.SOLO_DEATHS_HEADER, 0) == deaths
             if outcome != "dies":
                 consumer.channel.qos.count_alone(got.delivery_tag, 1)
             if outcome == "acknowledges":
@@ -626,7 +627,7 @@ def test_a_restored_message_says_how_often_it_was_until_it_is_acknowledged(broke
         with consuming(broker_url, prefetch=1, visibility_timeout=10) as consumer:
             consumer.channel.qos.restore_visible()
             (got,) = consumer.drain_until(1)
-            assert got.headers.get(envelope.RESTORES_HEADER, 0) == times
+            assert got.headers.get(messages.RESTORES_HEADER, 0) == times
             assert bool(got.headers.get("redelivered")) == bool(times)
             assert bool(got.delivery_info.get("redelivered")) == bool(times)
             consumer.abandon()
@@ -635,7 +636,7 @@ def test_a_restored_message_says_how_often_it_was_until_it_is_acknowledged(broke
         consumer.channel.qos.restore_visible()
         consumer.drain_until(1)[0].ack()
         (_, neighbour) = consumer.drain_until(2)
-        assert envelope.RESTORES_HEADER not in neighbour.headers
+        assert messages.RESTORES_HEADER not in neighbour.headers
         assert broker.exists("unacked_restores") == 0
 
 
@@ -651,9 +652,9 @@ def test_counts_of_messages_that_vanished_do_not_stay_for_ever(broker_url, broke
 
 
 def test_a_producer_cannot_claim_restores(broker_url, broker):
-    push(broker, message(1, headers={"task": "t", "id": "i", envelope.RESTORES_HEADER: 9}))
+    push(broker, message(1, headers={"task": "t", "id": "i", messages.RESTORES_HEADER: 9}))
     with consuming(broker_url) as consumer:
-        assert envelope.RESTORES_HEADER not in consumer.drain_until(1)[0].headers
+        assert messages.RESTORES_HEADER not in consumer.drain_until(1)[0].headers
 
 
 def test_messages_of_a_living_worker_are_not_restored(broker_url, broker):
@@ -751,7 +752,7 @@ def test_ours_can_restore_what_kombu_recorded(broker_url, broker, exchange):
         consumer.channel.qos.restore_visible()
         (got,) = consumer.drain_until(1)
         assert got.headers["number"] == 'ü"]'
-        assert got.headers[envelope.RESTORES_HEADER] == 1
+        assert got.headers[messages.RESTORES_HEADER] == 1
 
 
 def test_ours_and_kombus_share_a_queue_and_nothing_is_lost_or_doubled(broker_url, broker):

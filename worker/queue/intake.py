@@ -13,23 +13,20 @@ import structlog
 from celery.worker import state
 from celery.worker.request import Request
 
-from worker.config import Settings
-from worker.ledger.deliveries import IfShort, Origin
-from worker.queue.parsing import (
+from schema.messages import (
     ACCRUE,
     APPLY_MANY,
     BURN,
-    MAX_BODY,
+    MAX_BODY_BYTES,
     REPLAY_HEADER,
+    RESTORES_HEADER,
+    SOLO_DEATHS_HEADER,
     TYPES,
-    Refused,
-    Unreadable,
-    Work,
-    letter_of,
-    read_call,
-    read_work,
 )
-from worker.transport.envelope import DEATHS_HEADER, RESTORES_HEADER, ascii_line
+from schema.text import ascii_line
+from worker.config import Settings
+from worker.ledger.deliveries import IfShort, Origin
+from worker.queue.parsing import Refused, Unreadable, Work, letter_of, read_call, read_work
 
 from . import undeliverable
 
@@ -191,7 +188,7 @@ class Intake:
         """An item that is nothing but a dead letter."""
         work = Work(bulk=False)
         if call is None and no.reason not in {"undecodable", "oversized"}:
-            call = _glance(body, MAX_BODY if no.reason != "poison" else _HARMLESS)
+            call = _glance(body, MAX_BODY_BYTES if no.reason != "poison" else _HARMLESS)
         kwargs = call[1] if isinstance(call, list) and len(call) > 1 else None
         origin = self._origin(message, headers, body)
         letter = letter_of(kwargs, no.reason, no.sentence, origin, type_=TYPES.get(origin.task or ""))
@@ -220,7 +217,7 @@ class Intake:
         return Origin(
             _text(headers.get("task")),
             _text(headers.get("id")),
-            body[:MAX_BODY],
+            body[:MAX_BODY_BYTES],
             kept,
             replay_of=replay_of if type(replay_of) is int and 0 < replay_of < 1 << 63 else None,
         )
@@ -302,7 +299,7 @@ def _refusal(message: Any, headers: dict[str, Any], size: int) -> Refused | None
             size=size,
             known=TASKS,
             revoked=state.revoked,
-            deaths=_count(headers, DEATHS_HEADER),
+            deaths=_count(headers, SOLO_DEATHS_HEADER),
         )
     except Refused as refused:
         return refused

@@ -12,23 +12,11 @@ from typing import Any, Final
 
 from schema.canonical import DuplicateKeys, NotCanonical, read_json, write_json
 from schema.events import MAX_EVENTS, InvalidEvent, parse_event
+from schema.messages import APPLY_MANY, MAX_BODY_BYTES, TYPES
 from schema.reasons import DeadLetterReason
 from worker.ledger.dead_letters import MAX_TOKENS, NewDeadLetter
 from worker.ledger.deliveries import Delivery, IfShort, Origin
 from worker.ledger.outcomes import Applied, DeadLettered, Outcome, Rejected
-
-ACCRUE: Final = "tokens.accrue"
-BURN: Final = "tokens.burn"
-APPLY_MANY: Final = "tokens.apply_many"
-
-#: Task → the type of the one event that its arguments are.
-TYPES: Final = {ACCRUE: "accrual", BURN: "burn"}
-
-#: The header of a message that replays a dead letter: the letter's number.
-REPLAY_HEADER: Final = "tokentrail_dead_letter"
-
-#: Bytes of a message's body.
-MAX_BODY: Final = 16 * 1024 * 1024
 
 #: Longest text of a user id or key that a dead letter is filed under.
 _LONGEST_KEY: Final = 200
@@ -94,8 +82,8 @@ class Work:
 
 def read_call(body: bytes) -> Any:
     """The JSON of a body, numbers exact. Raises Unreadable."""
-    if len(body) > MAX_BODY:
-        raise Unreadable("oversized", f"The message is {len(body)} bytes long: at most {MAX_BODY} are read.")
+    if len(body) > MAX_BODY_BYTES:
+        raise Unreadable("oversized", f"The message is {len(body)} bytes long: at most {MAX_BODY_BYTES} are read.")
     try:
         return read_json(body)
     except (ValueError, RecursionError) as error:

@@ -20,12 +20,13 @@ from psycopg.errors import DeadlockDetected, LockNotAvailable
 
 from schema.canonical import read_json
 from schema.events import Event, InvalidEvent, parse_event
+from schema.messages import APPLY_MANY, REPLAY_HEADER, TYPES
 from schema.publisher import Publisher, PublishError
 from worker.ledger import dead_letters, letterbox
 from worker.ledger.dead_letters import NewDeadLetter
 from worker.ledger.deliveries import Origin
 from worker.ledger.letterbox import DeadLetter, Message
-from worker.queue.parsing import APPLY_MANY, REPLAY_HEADER, TYPES, Unreadable, read_call, read_work
+from worker.queue.parsing import Unreadable, read_call, read_work
 
 #: Letters, and events, in one transaction: what is published again when it is interrupted.
 LETTERS_AT_ONCE: Final = 200

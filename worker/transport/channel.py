@@ -22,6 +22,8 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 from redis import exceptions
 
+from schema import messages
+from schema.text import ascii_line
 from worker.transport import envelope
 from worker.transport.fetching import Fetched, FetchingChannel
 from worker.transport.poller import Poller
@@ -117,15 +119,15 @@ class Channel(FetchingChannel):
     def _built(self, payload: dict[str, Any], item: Fetched) -> Any:
         payload["properties"]["delivery_tag"] = item.tag
         if item.restores:
-            payload["headers"][envelope.RESTORES_HEADER] = item.restores
-            payload["headers"][envelope.DEATHS_HEADER] = item.deaths
+            payload["headers"][messages.RESTORES_HEADER] = item.restores
+            payload["headers"][messages.SOLO_DEATHS_HEADER] = item.deaths
             payload["headers"]["redelivered"] = True
             payload["properties"]["delivery_info"]["redelivered"] = True
             if item.source.closing:
                 fingerprint = hashlib.sha1(item.raw, usedforsecurity=False).hexdigest()
                 self.qos.remember_restored(item.tag, fingerprint)
         else:
-            for ours in (envelope.RESTORES_HEADER, envelope.DEATHS_HEADER):
+            for ours in (messages.RESTORES_HEADER, messages.SOLO_DEATHS_HEADER):
                 payload["headers"].pop(ours, None)  # not a producer's to say
         return self.Message(payload, channel=self)
 
@@ -146,7 +148,7 @@ class Channel(FetchingChannel):
         except (TypeError, ValueError):
             pass  # kombu says so, and goes on
         except Exception as error:  # noqa: BLE001 - type tags run constructors on content
-            logger.warning("Dropped a broadcast that is no JSON: %s", envelope.ascii_line(repr(error), 200))
+            logger.warning("Dropped a broadcast that is no JSON: %s", ascii_line(repr(error), 200))
             payload["data"] = None
         return payload
 
@@ -158,7 +160,7 @@ class Channel(FetchingChannel):
         except Exception as error:  # noqa: BLE001 - building it runs codecs on content
             problems = [error]
         if problems:
-            logger.warning("Dropped a broadcast that is no message: %s", envelope.ascii_line(repr(problems[0]), 200))
+            logger.warning("Dropped a broadcast that is no message: %s", ascii_line(repr(problems[0]), 200))
             return True
         return super()._deliver_fanout_message(message, exchange)
 

@@ -15,17 +15,8 @@ from uuid import UUID, uuid5
 
 from kombu.utils.json import loads
 
-#: The task name under which bytes arrive that are not a message; `message.body` is then those bytes.
-UNDECODABLE_TASK = "tokentrail.undecodable"
-
-#: The header that counts how often a message came back because its worker gave no sign of life.
-RESTORES_HEADER = "tokentrail_restores"
-
-#: The header that counts how often a worker died while it had the message in hand and nothing else.
-DEATHS_HEADER = "tokentrail_deaths"
-
-#: The header that says in a sentence why the bytes are not a message.
-REASON_HEADER = "tokentrail_reason"
+from schema.messages import UNDECODABLE_REASON_HEADER, UNDECODABLE_TASK
+from schema.text import ascii_line
 
 #: What an undecodable's envelope begins with; `put_back.lua` knows it by this.
 ENVELOPE_START = f'{{"headers":{{"task":"{UNDECODABLE_TASK}"'
@@ -86,7 +77,7 @@ def undecodable(raw: bytes, queue: str, reason: str) -> dict[str, Any]:
             "retries": 0,
             "argsrepr": repr(raw[:200]),
             "kwargsrepr": "{}",
-            REASON_HEADER: reason,
+            UNDECODABLE_REASON_HEADER: reason,
         },
         "properties": {
             "correlation_id": identity,
@@ -105,12 +96,6 @@ def undecodable(raw: bytes, queue: str, reason: str) -> dict[str, Any]:
 def text_of(payload: dict[str, Any]) -> str:
     """The envelope as it is recorded in Redis: compact, in the order in which it was made."""
     return json.dumps(payload, separators=(",", ":"))
-
-
-def ascii_line(text: str, most: int) -> str:
-    """A producer's text as it may stand in a sentence: ASCII, one line, at most `most` characters."""
-    line = ascii(text[:most])[1:-1]
-    return line if len(text) <= most and len(line) <= most else f"{line[: most - 3]}..."
 
 
 def _object(holder: dict[str, Any], name: str, where: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
