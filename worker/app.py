@@ -14,13 +14,12 @@ from celery.exceptions import CPendingDeprecationWarning
 from celery.signals import celeryd_init, setup_logging
 
 from schema.messages import ACCRUE, APPLY_MANY, BURN
-from worker import log
+from worker import log, transport
 from worker.config import ConfigError, settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
 from worker.queue.batcher import Batching
 from worker.queue.parsing import read_work
-from worker.transport import channel as transport
 
 
 def _address(url: str) -> tuple[str, dict[str, str]]:

@@ -17,8 +17,8 @@ from schema import messages
 from tests.kit.brokers import OURS, PRIORITY_STEPS, STOCK, consuming, eventually, key, message, queue_of
 from tests.kit.logs import logged
 from tests.kit.proxy import Proxy
-from worker.transport import envelope, scripts
-from worker.transport.channel import Channel, SentinelTransport, Transport, register
+from worker.transport import envelope, register, scripts
+from worker.transport.channel import Channel, SentinelTransport, Transport
 
 
 @pytest.fixture
@@ -486,7 +486,7 @@ def test_hand_back_returns_these_messages_to_the_head_in_their_order(broker_url,
         consumer.channel.pause()
         assert consumer.channel.qos.requeue([got[3].delivery_tag, got[1].delivery_tag]) == 2
         assert listed(broker) == [originals[1], originals[3], originals[5]]
-        assert consumer.channel.qos.held() == [got[at].delivery_tag for at in (0, 2, 4)]
+        assert consumer.channel.qos.in_flight() == [got[at].delivery_tag for at in (0, 2, 4)]
         consumer.channel.resume()
         consumer.drain_until(7)
         assert consumer.numbers[5:] == [1, 3]
@@ -510,7 +510,7 @@ def test_what_is_given_up_goes_back_when_redis_takes_it_and_is_no_longer_kept_al
         got = consumer.drain_until(4)
         consumer.channel.pause()
         consumer.channel.qos.requeue_later([got[3].delivery_tag, got[1].delivery_tag])
-        assert consumer.channel.qos.held() == [got[at].delivery_tag for at in (0, 2)]
+        assert consumer.channel.qos.in_flight() == [got[at].delivery_tag for at in (0, 2)]
         consumer.turn()
         assert listed(broker) == [originals[1], originals[3]]
         consumer.channel.resume()
@@ -573,15 +573,15 @@ def test_deaths_are_counted_of_workers_that_had_a_message_alone_and_did_not_give
             (got,) = consumer.drain_until(1)
             assert got.headers.get(messages.SOLO_DEATHS_HEADER, 0) == deaths
             if outcome != "dies":
-                consumer.channel.qos.count_alone(got.delivery_tag, 1)
+                consumer.channel.qos.record_solo_attempt(got.delivery_tag)
             if outcome == "acknowledges":
                 got.ack()
             elif outcome == "gives back":
-                consumer.channel.qos.count_alone(got.delivery_tag, -1)
+                consumer.channel.qos.undo_solo_attempts(got.delivery_tag, 1)
             elif outcome == "gives back late":
                 consumer.channel.do_restore = False  # as when Redis is away
                 consumer.channel.qos.restore_unacked_once()
-                consumer.channel.qos.count_alone(got.delivery_tag, -1)  # which was taken back by the closing
+                consumer.channel.qos.undo_solo_attempts(got.delivery_tag, 1)  # which was taken back by the closing
             elif outcome != "closes":
                 consumer.abandon()
         age(broker)
@@ -672,8 +672,8 @@ def test_signs_of_life_keep_the_order(broker_url, broker):
         tags = [got.delivery_tag for got in consumer.drain_until(1500)]
         age(broker, 5)
         before = broker.zscore("unacked_index", tags[0])
-        consumer.channel.qos._touch_due = 0
-        consumer.channel.qos.touch()
+        consumer.channel.qos._heartbeat_due = 0
+        consumer.channel.qos.heartbeat()
         assert broker.zscore("unacked_index", tags[0]) > before + 4
         assert [tag.decode() for tag in broker.zrange("unacked_index", 0, -1)] == tags
 
@@ -683,7 +683,7 @@ def test_signs_of_life_that_redis_refuses_are_given_later(broker_url, broker, ca
     with consuming(broker_url, visibility_timeout=10) as consumer:
         (got,) = consumer.drain_until(1)
         with of_a_wrong_type(broker, "unacked_index"):
-            consumer.channel.qos._touch_due = 0
+            consumer.channel.qos._heartbeat_due = 0
             consumer.drain(0.2)
             ((why,), *_) = logged(caplog.messages, "Redis refuses to look after held messages, tried again later: …")
             assert "WRONGTYPE" in why
@@ -701,8 +701,8 @@ def test_a_late_sign_of_life_brings_nothing_back(broker_url, broker):
         age(broker)
         with consuming(broker_url, "other", visibility_timeout=10) as consumer:
             consumer.channel.qos.restore_visible()
-        late.channel.qos._touch_due = 0
-        late.channel.qos.touch()
+        late.channel.qos._heartbeat_due = 0
+        late.channel.qos.heartbeat()
         assert broker.zcard("unacked_index") == 0
         late.abandon()
 

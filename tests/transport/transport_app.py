@@ -7,7 +7,7 @@ import redis
 from celery import Celery
 from celery.signals import celeryd_init
 
-from worker.transport import channel as transport
+from worker import transport
 
 URL = os.environ["TRANSPORT_APP_URL"]
 

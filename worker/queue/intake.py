@@ -146,9 +146,10 @@ class Intake:
     def try_alone(self, item: Item, by: int = 1) -> None:
         """Count the attempt on a suspect before it is made, for a worker that dies of it can count no more."""
         item.alone += by
-        if count := getattr(item.message.channel.qos, "count_alone", None):
+        qos, tag = item.message.channel.qos, item.message.delivery_tag
+        if hasattr(qos, "record_solo_attempt"):
             try:
-                count(item.message.delivery_tag, by)
+                qos.record_solo_attempt(tag) if by > 0 else qos.undo_solo_attempts(tag, -by)
             except Exception as error:  # noqa: BLE001 - Redis may be away: one attempt goes uncounted
                 log.warning("could not count an attempt on a suspicious message", reason=str(error))
 

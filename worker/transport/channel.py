@@ -86,7 +86,7 @@ class Channel(FetchingChannel):
         """Put back what no consumer has seen. Never raises: what cannot go back now goes with the next connection."""
         tags = [item.tag for item in unseen if item.source.closing]
         try:
-            for _ in self.qos.put_back(tags, "RPUSH"):
+            for _ in self.qos.requeued(tags, "RPUSH"):
                 pass
             for item in reversed([item for item in unseen if not item.source.closing]):
                 with self.conn_or_acquire() as client:
@@ -249,10 +249,3 @@ class SentinelTransport(Transport):
 
     default_port = stock.SentinelTransport.default_port
     Channel = SentinelChannel
-
-
-def register() -> None:
-    """Make redis://, rediss:// and sentinel:// mean this transport, in this process."""
-    for scheme, transport in (("redis", "Transport"), ("rediss", "Transport"), ("sentinel", "SentinelTransport")):
-        transports.TRANSPORT_ALIASES[scheme] = f"{__name__}:{transport}"
-        transports._transport_cache.pop(scheme, None)

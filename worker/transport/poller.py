@@ -79,7 +79,7 @@ class Poller(stock.MultiChannelPoller):
         """Give a sign of life for all held messages, if it is time; what Redis refuses is tried again."""
         for channel in list(self._channels):
             if channel._qos is not None:
-                self._unless_away(channel.qos.touch)
+                self._unless_away(channel.qos.heartbeat)
 
     def look_after_with(self, loop: Any, *, touch_every: float, look_every: float) -> None:
         """Let the loop touch and look every so many seconds, instead of what it was told before."""

@@ -32,8 +32,8 @@ class QoS(stock.QoS):
     def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
         self._aside: set[str] = set()
         self._fingerprints: dict[str, str] = {}
-        self._alone: dict[str, int] = {}
-        self._touch_due = 0.0
+        self._solo_attempts: dict[str, int] = {}
+        self._heartbeat_due = 0.0
         super().__init__(channel, prefetch_count)
 
     # Prefetch
@@ -43,7 +43,7 @@ class QoS(stock.QoS):
         if tag in self._delivered and tag not in self._dirty:
             self._aside.add(tag)
 
-    def held(self) -> list[str]:
+    def in_flight(self) -> list[str]:
         """The tags of all messages that are neither acknowledged nor given back, oldest first."""
         return [tag for tag in list(self._delivered) if tag not in self._dirty]
 
@@ -68,24 +68,30 @@ class QoS(stock.QoS):
         """Note the sha1 under which this message's restores are counted, so that its acknowledgement ends the count."""
         self._fingerprints[tag] = fingerprint
 
-    def count_alone(self, tag: str, by: int) -> None:
-        """Count that a restored message is taken in hand alone (1), or given back by a worker that lives (-1).
+    def record_solo_attempt(self, tag: str) -> None:
+        """Count in Redis that this worker applies a restored message alone; raises what Redis raises.
 
-        What was counted and never taken back or acknowledged is a death. Raises when Redis does, but only for 1.
+        An attempt that is neither undone nor acknowledged is the death of a worker.
         """
         if fingerprint := self._fingerprints.get(tag):
-            if by > 0:
-                # Those before it are decided: were Redis not told, they would be blamed for what this one does.
-                self.channel.settle()
-                self.channel.count(ALONE + fingerprint, by)
-            elif by := -min(-by, self._alone.get(tag, 0)):  # what was not counted, or was forgiven, is not again
-                self.channel.owed.forgive(fingerprint, -by)
-            self._alone[tag] = self._alone.get(tag, 0) + by
+            # Send acknowledgements first: if this message kills the process, messages that are already committed must
+            # not be restored and counted against.
+            self.channel.settle()
+            self.channel.count(ALONE + fingerprint, 1)
+            self._solo_attempts[tag] = self._solo_attempts.get(tag, 0) + 1
+
+    def undo_solo_attempts(self, tag: str, count: int) -> None:
+        """Take back up to `count` recorded attempts: this worker is alive. Redis learns of it later; never raises."""
+        if fingerprint := self._fingerprints.get(tag):
+            recorded = self._solo_attempts.get(tag, 0)
+            if undone := min(count, recorded):
+                self.channel.owed.forgive(fingerprint, undone)
+                self._solo_attempts[tag] = recorded - undone
 
     def ack(self, delivery_tag: str) -> None:
         """Forget a message for good: at the next tick of the loop in Redis, at once for prefetch."""
         self.channel.owed.acknowledge(delivery_tag, self._fingerprints.pop(delivery_tag, None))
-        self._let_go(delivery_tag)
+        self.release(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Forget a message for good, or put it where it is served last."""
@@ -96,8 +102,8 @@ class QoS(stock.QoS):
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:  # noqa: ARG002
         """Put a message back, uncounted: where it is served next, or (leftmost) last. Raises when Redis does."""
-        for done in self.put_back([tag], "LPUSH" if leftmost else "RPUSH"):
-            self._let_go(done)
+        for done in self.requeued([tag], "LPUSH" if leftmost else "RPUSH"):
+            self.release(done)
 
     def requeue(self, tags: Iterable[str]) -> int:
         """Put messages back where they are served next, in the order they came in, without counting it against them.
@@ -106,8 +112,8 @@ class QoS(stock.QoS):
         """
         wanted = set(tags) - self._dirty
         ordered = [tag for tag in self._delivered if tag in wanted]
-        for tag in self.put_back(ordered, "RPUSH"):
-            self._let_go(tag)
+        for tag in self.requeued(ordered, "RPUSH"):
+            self.release(tag)
         return len(ordered)
 
     def requeue_later(self, tags: Iterable[str]) -> None:
@@ -116,9 +122,9 @@ class QoS(stock.QoS):
         ordered = [tag for tag in self._delivered if tag in wanted]
         self.channel.owed.requeue_later(ordered)
         for tag in ordered:
-            self._let_go(tag)
+            self.release(tag)
 
-    def put_back(self, tags: list[str], push: str) -> Iterator[str]:
+    def requeued(self, tags: list[str], push: str) -> Iterator[str]:
         """Yield each tag once it is back; newest first, as each ends up in front of those before it."""
         while tags:
             chunk = tags[-RESTORES_PER_CALL:]
@@ -126,21 +132,21 @@ class QoS(stock.QoS):
             yield from chunk[left:]
             tags = tags[: len(tags) - len(chunk) + left]
 
-    def _let_go(self, tag: str) -> None:
+    def release(self, tag: str) -> None:
         self._aside.discard(tag)
         self._fingerprints.pop(tag, None)
-        self._alone.pop(tag, None)
+        self._solo_attempts.pop(tag, None)
         self._quick_ack(tag)
 
     # Signs of life
 
-    def touch(self) -> None:
+    def heartbeat(self) -> None:
         """Tell Redis that all held messages are in good hands, if a third of the visibility timeout has passed."""
-        if monotonic() >= self._touch_due:
-            held = self.held()
+        if monotonic() >= self._heartbeat_due:
+            held = self.in_flight()
             for start in range(0, len(held), TAGS_PER_CALL):
                 self.channel.touch([str(start), *held[start : start + TAGS_PER_CALL]])
-            self._touch_due = monotonic() + 0.3 * self.visibility_timeout
+            self._heartbeat_due = monotonic() + 0.3 * self.visibility_timeout
 
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:  # noqa: ARG002
         """Put back what no worker gave a sign of life for, oldest first, and count it against each message.
@@ -168,7 +174,7 @@ class QoS(stock.QoS):
 
     def restore_unacked(self, client: Any = None) -> None:  # noqa: ARG002
         """Put all held messages back, as `requeue` does."""
-        self.requeue(self.held())
+        self.requeue(self.in_flight())
         self._flush()
 
     def restore_unacked_once(self, stderr: Any = None) -> None:  # noqa: ARG002
@@ -180,17 +186,20 @@ class QoS(stock.QoS):
         if self._delivered.restored:
             return
         self._delivered.restored = True
-        held = self.held()
-        for tag, times in self._alone.items():  # whatever becomes of the message, this process did not die of it
+        held = self.in_flight()
+        for (
+            tag,
+            times,
+        ) in self._solo_attempts.items():  # whatever becomes of the message, this process did not die of it
             self.channel.owed.forgive(self._fingerprints[tag], times)
-        self._alone.clear()
+        self._solo_attempts.clear()
         try:
             if held and self.restore_at_shutdown and self.channel.do_restore:
                 self.channel.settle()
                 self.restore_unacked()
                 logger.info("Put %d unacknowledged messages back.", len(held))
         except Exception as error:  # noqa: BLE001 - a worker must not die of a broker that is away
-            self.channel.owed.requeue_later(self.held())
+            self.channel.owed.requeue_later(self.in_flight())
             logger.warning(
                 "Could not put %d unacknowledged messages back (%r): they go with the next connection, else in %s s.",
                 len(held),
