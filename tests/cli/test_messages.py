@@ -755,47 +755,6 @@ def test_disk_that_is_full_at_the_first_run(tiny_disk, kilobytes, words):
     expect(said, 1, words.format(data=data), "No space left on device): free some space ", f"{data}")
 
 
-@pytest.fixture
-def clone(tmp_path):
-    """The Makefile in a folder of its own."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    return tmp_path
-
-
-def make(clone, *arguments, **environment):
-    ended = subprocess.run(
-        ["make", *arguments],
-        cwd=clone,
-        env={"PATH": os.environ["PATH"], **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return ended.returncode, ended.stderr
-
-
-def test_python_that_is_too_old(clone, requires_program):
-    requires_program("make")
-    old = clone / "python3"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
-    code, said = make(clone, "run", f"PYTHON={old}", PYTHON=str(old))
-    assert code == 2
-    assert (
-        f"There is no Python 3.11 or newer as {old}: install one, or name yours: make PYTHON=/path/to/python3." in said
-    )
-
-
-def test_python_without_venv(clone, requires_program):
-    requires_program("make")
-    bare = clone / "python3"
-    bare.write_text('#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\n')
-    bare.chmod(0o755)
-    code, said = make(clone, "run", PYTHON=str(bare))
-    assert code == 2
-    assert f"{bare} comes without venv: install it (Debian: apt-get install python3-venv), or name another" in said
-
-
 def test_machine_that_has_no_more_to_give(tmp_path, monkeypatch):
     """Its first child cannot be started; a later one that cannot is tried again."""
     for name in ("DATABASE_URL", "BROKER_URL"):
