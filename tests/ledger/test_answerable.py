@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.ledger.support import accrual, burn, sent
 from worker.ledger.apply import apply_batch
 from worker.ledger.deliveries import IfShort
-from worker.ledger.store import covered
+from worker.ledger.store import answerable
 
 
 def test_a_burn_is_covered_by_its_balance_or_by_the_decision_of_another_delivery_and_by_nothing_else(connection):
@@ -18,4 +18,4 @@ def test_a_burn_is_covered_by_its_balance_or_by_the_decision_of_another_delivery
         burn("alice", "5", "refused"),
         burn("bob", "1", "spent"),
     ]
-    assert covered(connection, sent(*waiting, if_short=IfShort.WAIT)) == [True, False, True, True, False]
+    assert answerable(connection, sent(*waiting, if_short=IfShort.WAIT)) == [True, False, True, True, False]

@@ -23,8 +23,8 @@ from schema.tables import DEAD_LETTER_STATES
 from worker.cli.usage import Misused, interruptible
 from worker.config import settings
 from worker.db import connect
-from worker.ledger import letterbox
-from worker.ledger.letterbox import DeadLetter, Filter, Message
+from worker.ledger import dead_letters as ledger
+from worker.ledger.dead_letters import DeadLetter, Filter, StoredMessage
 from worker.output import console, count, moment, printable, progress, table
 from worker.queue.replay import Report, refusal
 from worker.queue.replay import replay as replay_letters
@@ -72,7 +72,7 @@ def list_(
     """List dead letters, newest first."""
     which = _filter([] if state == "all" else [state], reason, user, since)
     with _connection() as connection:
-        found = letterbox.newest(connection, which, limit + 1, before)
+        found = ledger.newest(connection, which, limit + 1, before)
     more, found = len(found) > limit, found[:limit]
     if as_json:
         typer.echo(json.dumps([_fields(kept) for kept in found], ensure_ascii=False, indent=2))
@@ -93,7 +93,7 @@ def show(
     """Show a dead letter with all that is kept of its message, and whether it could be replayed now."""
     found_settings = settings()
     with _connection() as connection:
-        found = letterbox.find(connection, number)
+        found = ledger.find(connection, number)
     if found is None:
         raise Misused(f"There is no dead letter {number}.")
     kept, message = found
@@ -137,7 +137,7 @@ def replay(
     which = _filter(states, reason, user, since)
     who = _who(by)
     with found.publisher() as publisher, _connection() as connection:
-        wanted = list(dict.fromkeys(numbers)) if numbers else letterbox.numbers(connection, which)
+        wanted = list(dict.fromkeys(numbers)) if numbers else ledger.ids(connection, which)
         safe = "replaying again is safe, for each event counts once."
         with interruptible(lambda: safe), progress("replaying", len(wanted), console(stderr=True)) as advance:
             report = replay_letters(
@@ -166,8 +166,8 @@ def discard(
     _refuse_untypable("--reason", reason)
     wanted = list(dict.fromkeys(numbers))
     with _connection() as connection:
-        done = letterbox.discard(connection, wanted, _who(by), reason)
-        left = {number: letterbox.find(connection, number) for number in wanted if number not in done}
+        done = ledger.discard(connection, wanted, _who(by), reason)
+        left = {number: ledger.find(connection, number) for number in wanted if number not in done}
     typer.echo(f"Discarded {count(len(done), 'dead letter')}.")
     for number, found in left.items():
         if found is None:
@@ -192,11 +192,11 @@ def purge(
     if age is None:
         raise Misused("--older-than must be an age such as 90d, 12h or 0s.")
     with _connection() as connection:
-        total, spared = letterbox.purgeable(connection, age)
+        total, spared = ledger.count_purgeable(connection, age)
         purged = 0
         rest = "bodies removed by now are gone; purge again for the rest."
         with interruptible(lambda: rest), progress("purging", total, console(stderr=True)) as advance:
-            for some in letterbox.purge(connection, age):
+            for some in ledger.purge(connection, age):
                 purged += some
                 advance(some)
     typer.echo(f"Purged the bodies of {count(purged, 'dead letter')}.")
@@ -310,12 +310,12 @@ def _fields(kept: DeadLetter) -> dict[str, Any]:
     }
 
 
-def _whole(message: Message) -> dict[str, Any]:
+def _whole(message: StoredMessage) -> dict[str, Any]:
     body = None if message.body is None else base64.b64encode(message.body).decode()
     return {"event": message.event, "headers": message.headers, "body_base64": body}
 
 
-def _readable(message: Message) -> dict[str, str]:
+def _readable(message: StoredMessage) -> dict[str, str]:
     """What a person can read of the message, and how long the rest is."""
     parts = {
         "event": message.event,

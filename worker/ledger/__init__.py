@@ -8,7 +8,6 @@ apply.py         one batch in one transaction: lock, look up, decide, record
 store.py         the SQL that apply.py and settle.py need
 errors.py        whose fault an error is: the event's, or nobody's
 settle.py        a batch until it is decided: wait out "not now", single out the event's own fault
-dead_letters.py  messages without an outcome
-letterbox.py     the same as operators meet them: found, replayed, discarded, purged
+dead_letters.py  messages without an outcome, and what operators do with them
 invariants.py    what must always be true, a sentence and a query each
 """

@@ -247,7 +247,7 @@ class _Batch:
             if lines := self.lines.get(table):
                 store.record(cursor, table, lines)
         if self.letters:
-            dead_letters.keep(cursor, self.letters, self.now)
+            dead_letters.write(cursor, self.letters, self.now)
         if self.moved:
             store.move_balances(cursor, list(self.moved.values()))
             # Not sum(): it would add in the ambient context, which rounds.

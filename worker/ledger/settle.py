@@ -112,12 +112,12 @@ class Ledger:
             connection.execute("DISCARD PLANS")
         return apply_batch(connection, deliveries, stripe=self._stripe, letters=letters)
 
-    def covered(self, burns: Sequence[Delivery]) -> list[bool]:
+    def answerable(self, burns: Sequence[Delivery]) -> list[bool]:
         """Whether there is an answer for each burn right now, as its account holds enough or another delivery of it was
         decided. No locks, no promise; all False while nobody can know.
         """
         try:
-            found = store.covered(self.connection(), burns)
+            found = store.answerable(self.connection(), burns)
         except psycopg.Error as error:
             self._say(error)
             self._blind = True

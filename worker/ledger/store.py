@@ -157,7 +157,7 @@ def end_frozen(connection: Connection[Any], after: float) -> list[int]:
     return [row[0] for row in rows]
 
 
-def covered(connection: Connection[Any], burns: Sequence[Delivery]) -> list[bool]:
+def answerable(connection: Connection[Any], burns: Sequence[Delivery]) -> list[bool]:
     """Whether each burn's account holds its amount, or its key is decided, by another delivery; read without locks."""
     rows = connection.execute(
         """

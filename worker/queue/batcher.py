@@ -309,7 +309,7 @@ class Batcher:
         """What of all that waits need wait no longer."""
         if not look.burns and not look.locked:
             self._ledger.probe()
-        covered = self._ledger.covered([part.deliveries[0] for part in look.burns]) if look.burns else []
+        covered = self._ledger.answerable([part.deliveries[0] for part in look.burns]) if look.burns else []
         return Seen(
             [part for part, is_covered in zip(look.burns, covered, strict=True) if is_covered],
             self._ledger.unlocked(look.locked) if look.locked else set(),

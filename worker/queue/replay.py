@@ -22,10 +22,9 @@ from schema.canonical import read_json
 from schema.events import Event, InvalidEvent, parse_event
 from schema.messages import APPLY_MANY, REPLAY_HEADER, TYPES
 from schema.publisher import Publisher, PublishError
-from worker.ledger import dead_letters, letterbox
-from worker.ledger.dead_letters import NewDeadLetter
+from worker.ledger import dead_letters
+from worker.ledger.dead_letters import DeadLetter, NewDeadLetter, StoredMessage
 from worker.ledger.deliveries import Origin
-from worker.ledger.letterbox import DeadLetter, Message
 from worker.queue.parsing import Unreadable, read_call, read_work
 
 #: Letters, and events, in one transaction: what is published again when it is interrupted.
@@ -106,7 +105,7 @@ def _replay_some(
     """Replay the first of these letters, as many as one transaction should hold: each is counted in the report."""
     report = Report()
     with connection.transaction(), connection.cursor() as cursor:
-        taken = {each[0].id: each for each in letterbox.take(cursor, numbers)}
+        taken = {each[0].id: each for each in dead_letters.lock(cursor, numbers)}
         messages: list[tuple[Event, str, Mapping[str, str | int]]] = []
         left: list[NewDeadLetter] = []
         replayed: list[int] = []
@@ -125,13 +124,13 @@ def _replay_some(
             replayed.append(number)
         if replayed:
             publisher.publish_named(messages)
-            dead_letters.keep(cursor, left)
-            letterbox.mark_replayed(cursor, replayed, by)
+            dead_letters.write(cursor, left)
+            dead_letters.mark_replayed(cursor, replayed, by)
     report.letters, report.events = len(replayed), len(messages)
     return report
 
 
-def refusal(kept: DeadLetter, message: Message, max_amount: int) -> str | None:
+def refusal(kept: DeadLetter, message: StoredMessage, max_amount: int) -> str | None:
     """Why a letter that is open could not be replayed now; None if it could."""
     try:
         _read(kept, message, max_amount)
@@ -149,10 +148,12 @@ def _open(
     if kept.state not in states:
         raise CannotReplay(_closed(kept))
     alone = event is not None and not _is_bulk(kept)
-    return _read(kept, Message(event, None, None) if alone else letterbox.message(cursor, kept.id), max_amount)
+    return _read(
+        kept, StoredMessage(event, None, None) if alone else dead_letters.read_message(cursor, kept.id), max_amount
+    )
 
 
-def _read(kept: DeadLetter, message: Message, max_amount: int) -> _Opened:
+def _read(kept: DeadLetter, message: StoredMessage, max_amount: int) -> _Opened:
     """What is in the letter. Raises CannotReplay."""
     if kept.reason == "conflict":
         raise CannotReplay("its key stands for another event, now and for ever: discard it, and send a new key.")
@@ -171,7 +172,7 @@ def _read(kept: DeadLetter, message: Message, max_amount: int) -> _Opened:
     return _Opened(kept, [(event, None)], [])
 
 
-def _read_bulk(kept: DeadLetter, message: Message, max_amount: int) -> _Opened:
+def _read_bulk(kept: DeadLetter, message: StoredMessage, max_amount: int) -> _Opened:
     """The events of a bulk message that was refused whole; those of them that are invalid get a letter each."""
     kwargs = read_json(message.event) if message.event is not None else _arguments(kept, message)
     headers = message.headers if isinstance(message.headers, dict) else None
@@ -185,7 +186,7 @@ def _read_bulk(kept: DeadLetter, message: Message, max_amount: int) -> _Opened:
     return _Opened(kept, [(each.event, each.origin.event_index) for each in work.deliveries], work.letters)
 
 
-def _arguments(kept: DeadLetter, message: Message) -> object:
+def _arguments(kept: DeadLetter, message: StoredMessage) -> object:
     """The keyword arguments in the original bytes."""
     if message.body is None:
         when = "never kept" if kept.purged_at is None else f"purged on {kept.purged_at:%Y-%m-%d}"
