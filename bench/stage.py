@@ -21,8 +21,8 @@ from worker.config import ROOT, Settings
 from worker.db import connect
 from worker.ledger.invariants import check
 from worker.local import embedded
+from worker.migration import migrate
 from worker.processes import Child, Family
-from worker.schema_version import migrate
 
 #: Seconds after which a run that does not end is given up.
 GIVE_UP: Final = 300.0

@@ -11,7 +11,7 @@ from alembic import context
 from sqlalchemy import create_engine, pool
 
 from schema.tables import Base
-from worker.config import settings
+from worker.config import load_settings
 from worker.schema_version import refuse_old_server
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run_offline() -> None:
 
 
 def run_online() -> None:
-    url = context.config.attributes.get("url") or settings().database()
+    url = context.config.attributes.get("url") or load_settings().database()
     engine = create_engine("postgresql+psycopg://", creator=lambda: _connect(url), poolclass=pool.NullPool)
     with engine.connect() as connection:
         context.configure(

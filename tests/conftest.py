@@ -28,7 +28,7 @@ import redis
 from tests.kit import producer as another
 from worker import config
 from worker.local import embedded
-from worker.schema_version import migrate
+from worker.migration import migrate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -118,9 +118,9 @@ def given(tmp_path_factory) -> Iterator[dict[str, str]]:
 @pytest.fixture(autouse=True)
 def settings_read_afresh() -> Iterator[None]:
     """Settings are read once per process: here that is once per test."""
-    config.settings.cache_clear()
+    config.load_settings.cache_clear()
     yield
-    config.settings.cache_clear()
+    config.load_settings.cache_clear()
 
 
 @pytest.fixture(autouse=True)

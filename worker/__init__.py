@@ -2,17 +2,19 @@
 
 cli/          the command `tokentrail`
 local/        all of it on one machine: servers of our own, `up`, the demo
-output.py     what a person sees in the terminal
+migration_progress.py  how far a migration is, on a terminal
+output.py     tables, bars and amounts for the terminal
 app.py        the Celery application
 queue/        from Redis to a batch
 read/         answers
 transport/    Redis ↔ kombu
 ledger/       what happens to the money
 readiness.py  what a worker looks at before it starts
+migration.py  Alembic: the schema brought to another revision
 processes.py  child processes that live and die together
 log.py        the form of a log line
 listening.py  an address to listen on
-schema_version.py  which revision the database is at
+schema_version.py  whether this code can work with the database's schema
 db.py         connections to PostgreSQL
 config.py     every setting
 """

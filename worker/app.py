@@ -15,7 +15,7 @@ from celery.signals import celeryd_init, setup_logging
 
 from schema.messages import ACCRUE, APPLY_MANY, BURN
 from worker import log, transport
-from worker.config import ConfigError, settings
+from worker.config import ConfigError, load_settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
 from worker.queue.batcher import Batching
@@ -31,7 +31,7 @@ def _address(url: str) -> tuple[str, dict[str, str]]:
 
 
 try:
-    BROKER_URL, BROKER_OPTIONS = _address(settings().broker())
+    BROKER_URL, BROKER_OPTIONS = _address(load_settings().broker())
 except ConfigError as unusable:
     # Celery, which loads us, shows the traceback of whatever else is raised.
     sys.stderr.write(f"tokentrail: {unusable}\n")
@@ -43,12 +43,12 @@ app = Celery("tokentrail")
 app.config_from_object("celeryconfig")
 app.conf.update(
     broker_url=BROKER_URL,
-    task_default_queue=settings().queue,
+    task_default_queue=load_settings().queue,
     broker_transport_options={
         # Redelivery after a worker's death; the living refresh their claim three times as often.
-        "visibility_timeout": settings().visibility_timeout,
+        "visibility_timeout": load_settings().visibility_timeout,
         # Look for the dead every 5 s, or twice in a shorter timeout; stock looks every 100 s.
-        "unacked_restore_interval": min(5, settings().visibility_timeout / 2),
+        "unacked_restore_interval": min(5, load_settings().visibility_timeout / 2),
         "unacked_restore_throttle": 1,
         # Stock only: whoever is killed while it looks keeps the others from it for so long; 300 if not set.
         "unacked_mutex_expire": 30,
@@ -67,7 +67,7 @@ app.steps["consumer"].add(Batching)
 @celeryd_init.connect
 def _use_our_transport(**_: Any) -> None:
     """In workers only: Flower reads queue lengths through the stock transport, on the same keys."""
-    if settings().transport == "atomic":
+    if load_settings().transport == "atomic":
         transport.register()
 
 
@@ -82,7 +82,7 @@ def _collect_garbage_seldom(**_: Any) -> None:
 @setup_logging.connect
 def _log_our_way(**_: Any) -> None:
     """Celery's lines in the form of ours."""
-    log.set_up(settings())
+    log.set_up(load_settings())
 
 
 # It asks, at every lost connection, for a setting that celeryconfig.py gives a reason for.
@@ -91,8 +91,8 @@ warnings.filterwarnings("ignore", category=CPendingDeprecationWarning, module="c
 
 def _apply(task: str, kwargs: dict[str, Any]) -> str:
     """One call, decided at once and on its own. Workers do not come here: their Batcher decides many in one go."""
-    work = read_work(task, (), kwargs, Origin(task=task), max_amount=settings().max_amount)
-    ledger = Ledger(settings(), stripe=-1)
+    work = read_work(task, (), kwargs, Origin(task=task), max_amount=load_settings().max_amount)
+    ledger = Ledger(load_settings(), stripe=-1)
     try:
         outcomes = ledger.settle(work.deliveries, work.letters)
     finally:

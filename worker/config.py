@@ -186,7 +186,7 @@ def _running_servers() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def settings() -> Settings:
+def load_settings() -> Settings:
     """The settings of this process.
 
     Raises ConfigError in one sentence that names the variable.

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
-from time import monotonic
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-import psycopg
 from rich import box
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from schema.canonical import plain_number
-from worker.schema_version import WAITING, Underway, underway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from datetime import datetime
     from decimal import Decimal
 
-    from rich.console import RenderableType
-
     from schema.responses import Receipt, Rejections, TransactionHistory
     from worker.read.supply import Supply
 
 #: Columns of a table that goes to a file or a pipe, which has no width of its own.
 _WIDTH: Final = 132
-
-#: Seconds that a migration takes before anything is shown of it: most are over by then.
-_SOON: Final = 1.0
-
-_BAR: Final = 20  # columns
 
 _FIELDS: Final = {"field": "left", "value": "left"}
 _STYLES: Final = {"applied": "green", "rejected": "yellow", "dead_lettered": "red", "unknown": "dim"}
@@ -49,7 +36,7 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if on_terminal else _WIDTH, highlight=False, emoji=False, markup=False)
 
 
-def _watched(on: Console) -> bool:
+def is_watched(on: Console) -> bool:
     """Whether somebody looks on. Rich takes a pipe for a terminal where FORCE_COLOR is set, as in many a CI."""
     return on.is_terminal and on.file.isatty()
 
@@ -58,59 +45,9 @@ def _watched(on: Console) -> bool:
 def progress(what: str, total: int, on: Console) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, nothing elsewhere; what it yields is told how many more are done."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress(*columns, console=on, disable=not _watched(on), transient=True) as bar:
+    with Progress(*columns, console=on, disable=not is_watched(on), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
-
-
-@contextmanager
-def migrating(url: str, on: Console) -> Iterator[Callable[[str], None]]:
-    """A line about the statement that a migration is at, on a terminal and after a second; nothing elsewhere.
-
-    What it yields is told each statement before it runs.
-    """
-    statement, began = "", monotonic()
-
-    def tell(what: str) -> None:
-        nonlocal statement
-        statement = " ".join(line.strip() for line in what.splitlines() if not line.startswith("--")).strip()
-
-    if not _watched(on):
-        yield tell
-        return
-    with ExitStack() as stack:
-        connection = None
-        with suppress(psycopg.Error):  # why there is none, the migration says
-            connection = stack.enter_context(
-                psycopg.connect(url, autocommit=True, connect_timeout=5, application_name="tokentrail progress")
-            )
-
-        def line() -> RenderableType:
-            taken = monotonic() - began
-            if taken < _SOON:
-                return Group()
-            at = None
-            with suppress(psycopg.Error):
-                if connection is not None:
-                    at = underway(connection)
-            return _migration_line(int(taken), statement, at)
-
-        stack.enter_context(Live(get_renderable=line, console=on, transient=True))
-        yield tell
-
-
-def _migration_line(seconds: int, statement: str, at: Underway | None) -> Table:
-    """How long, how far and what. PostgreSQL knows how far an index is, and nothing else."""
-    bar, said = ProgressBar(total=None, width=_BAR), [statement]
-    if at is not None and at.phase is not None:
-        bar = ProgressBar(total=at.total or None, completed=at.done, width=_BAR)
-        said.insert(0, f"{at.phase} ({at.done:,} of {at.total:,})" if at.total else at.phase)
-    elif at is not None and at.waits and not statement.startswith(WAITING):
-        said.insert(0, WAITING)
-    row = Table.grid(padding=(0, 1))
-    text = Text(": ".join(filter(None, said)), no_wrap=True, overflow="ellipsis")
-    row.add_row(str(timedelta(seconds=seconds)), bar, text)
-    return row
 
 
 def tokens(amount: Decimal) -> str:

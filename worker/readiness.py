@@ -40,12 +40,12 @@ class NotReady(Exception):
     """What the command needs is unreachable or taken; the message says what. Exit code 1."""
 
 
-def look_at_servers(settings: Settings) -> list[str]:
+def check_servers(settings: Settings) -> list[str]:
     """Sentences to warn with, none when all is well.
 
     Raises NotReady, SchemaError or ConfigError, in one sentence, where a worker could not keep its promises.
     """
-    return [*_database(settings), *look_at_broker(settings.broker())]
+    return [*_database(settings), *check_broker(settings.broker())]
 
 
 def _database(settings: Settings) -> Iterator[str]:
@@ -54,18 +54,18 @@ def _database(settings: Settings) -> Iterator[str]:
             if warning := check_schema(connection):
                 yield warning
     except psycopg.OperationalError as error:
-        raise NotReady(no_database(error)) from error
+        raise NotReady(postgresql_unreachable(error)) from error
 
 
-def no_database(error: psycopg.OperationalError) -> str:
+def postgresql_unreachable(error: psycopg.OperationalError) -> str:
     """One sentence for a PostgreSQL that is away, or does not let us in."""
     why = said(error)
     advice = next((advice for words, advice in _OF_CONNECTING.items() if words in why), _OTHERWISE)
     return f"PostgreSQL cannot be used ({why}): {advice}."
 
 
-def look_at_broker(url: str) -> list[str]:
-    """As `look_at_servers`, of Redis alone."""
+def check_broker(url: str) -> list[str]:
+    """As `check_servers`, of Redis alone."""
     return list(_broker(url))
 
 

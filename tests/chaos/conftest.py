@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from worker.local import embedded
-from worker.schema_version import migrate
+from worker.migration import migrate
 
 from .books import Books
 from .ground import Ground

@@ -18,7 +18,7 @@ from schema.events import Accrual, Burn, event_json
 from schema.messages import APPLY_MANY
 from worker import config
 from worker.cli import main
-from worker.config import ROOT, settings
+from worker.config import ROOT, load_settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
 from worker.local.embedded.process import free_port
@@ -33,7 +33,7 @@ def tokentrail(monkeypatch, capsys):
     def run(*arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["tokentrail", *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        config.settings.cache_clear()
+        config.load_settings.cache_clear()
         with pytest.raises(SystemExit) as exit_:
             main()
         printed = capsys.readouterr()
@@ -56,10 +56,10 @@ def books(database_url, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", database_url)
 
     def apply(*events):
-        config.settings.cache_clear()
+        config.load_settings.cache_clear()
         kwargs = {"events": [json.loads(event_json(event)) for event in events]}
-        work = read_work(APPLY_MANY, (), kwargs, Origin(task=APPLY_MANY), max_amount=settings().max_amount)
-        ledger = Ledger(settings(), stripe=1)
+        work = read_work(APPLY_MANY, (), kwargs, Origin(task=APPLY_MANY), max_amount=load_settings().max_amount)
+        ledger = Ledger(load_settings(), stripe=1)
         ledger.settle(work.deliveries, work.letters)
         ledger.close()
 

@@ -26,8 +26,8 @@ from worker.config import ROOT, Settings
 from worker.db import connect as connect_database
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
+from worker.migration import migrate
 from worker.queue.parsing import letter_of
-from worker.schema_version import migrate
 
 TOKENTRAIL = (sys.executable, "-m", "worker.cli")
 INTERRUPTED = "tokentrail: Interrupted: "

@@ -42,7 +42,7 @@ def tokentrail(monkeypatch, capfd):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["tokentrail", *arguments])
-        config.settings.cache_clear()
+        config.load_settings.cache_clear()
         with pytest.raises(SystemExit) as exit_:
             main()
         return exit_.value.code, capfd.readouterr().err
@@ -160,7 +160,7 @@ def test_broker_url_that_cannot_be_read(tokentrail, database_url, command, url):
 )
 def test_database_url_that_can_be_read(monkeypatch, url):
     monkeypatch.setenv("DATABASE_URL", url)
-    assert config.settings().database() == url.strip()
+    assert config.load_settings().database() == url.strip()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_database_url_that_can_be_read(monkeypatch, url):
 )
 def test_broker_url_that_can_be_read(monkeypatch, url):
     monkeypatch.setenv("BROKER_URL", url)
-    assert config.settings().broker() == url.strip()
+    assert config.load_settings().broker() == url.strip()
     connect(url.strip()).close()
 
 

@@ -22,8 +22,8 @@ from tests.kit.stage import accrual
 from worker.config import ROOT, Settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
+from worker.migration import migrate
 from worker.queue.parsing import letter_of
-from worker.schema_version import migrate
 
 TOKENTRAIL = (sys.executable, "-m", "worker.cli")
 PATIENCE = 60  # seconds within which everything a test waits for must happen

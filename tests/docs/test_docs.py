@@ -35,7 +35,7 @@ from schema.messages import APPLY_MANY
 from tests.kit.brokers import eventually, free_port
 from worker.cli import app as cli
 from worker.cli.examples import EXAMPLES, EXIT_CODES
-from worker.config import Settings, settings
+from worker.config import Settings, load_settings
 from worker.ledger.deliveries import Delivery, Origin
 from worker.ledger.settle import Ledger
 from worker.local.embedded import binaries
@@ -517,7 +517,7 @@ def test_an_event_costs_the_bytes_that_the_migration_page_says(database_url, mon
         "rejected burn": ("rejected_event",),
     }
     assert said.keys() == tables.keys()
-    found = settings()
+    found = load_settings()
     ledger = Ledger(found, stripe=1)
 
     def size(names):

@@ -27,7 +27,7 @@ from worker.ledger.deliveries import IfShort, Origin
 from worker.ledger.errors import MAX_CULPRITS, Interrupted, SuspiciousBatch
 from worker.ledger.outcomes import Applied, DeadLettered, Locked, Rejected, Undecided
 from worker.local.embedded import PostgresServer
-from worker.schema_version import migrate
+from worker.migration import migrate
 
 from .support import (
     PATIENCE,

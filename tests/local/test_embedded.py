@@ -411,7 +411,7 @@ def test_a_test_starts_without_settings_from_outside(given):
         "TOKENTRAIL_PG_BIN",
         "TOKENTRAIL_VALKEY_SERVER",
     }
-    assert config.settings().database_url is None
+    assert config.load_settings().database_url is None
 
 
 def test_tests_refuse_a_given_redis_that_holds_something_and_leave_an_empty_one_empty(tmp_path):

@@ -18,9 +18,10 @@ import pytest
 
 from tests.kit.catalog import catalog
 from worker.cli import main
-from worker.config import ROOT, settings
+from worker.config import ROOT, load_settings
 from worker.local.embedded.binaries import postgres_folder
-from worker.schema_version import SchemaError, check_schema, current_revision, known_revision, migrate
+from worker.migration import migrate
+from worker.schema_version import SchemaError, check_schema, current_revision, known_revision
 
 TOKENTRAIL = (sys.executable, "-m", "worker.cli", "migrate")
 ALEMBIC = (sys.executable, "-m", "alembic")
@@ -28,7 +29,7 @@ ALEMBIC = (sys.executable, "-m", "alembic")
 MIGRATE = (
     sys.executable,
     "-c",
-    "from worker.schema_version import migrate; from worker.config import settings; migrate(settings().database())",
+    "from worker import config, migration; migration.migrate(config.load_settings().database())",
 )
 PATIENCE = 60  # seconds within which everything a test waits for must happen
 
@@ -84,7 +85,7 @@ def tokentrail_migrate(monkeypatch, capsys):
     def command(url, *arguments):
         monkeypatch.setenv("DATABASE_URL", url)
         monkeypatch.setattr(sys, "argv", ["tokentrail", "migrate", *arguments])
-        settings.cache_clear()
+        load_settings.cache_clear()
         with pytest.raises(SystemExit) as ended:
             main()
         return ended.value.code, *capsys.readouterr()

@@ -13,12 +13,13 @@ from tests.kit.catalog import catalog
 from tests.kit.stage import accrual, burn
 from worker.cli import main
 from worker.cli.adoption import differences
-from worker.config import Settings, settings
+from worker.config import Settings, load_settings
 from worker.ledger.deliveries import Delivery
 from worker.ledger.invariants import check
 from worker.ledger.outcomes import Applied
 from worker.ledger.settle import Ledger
-from worker.schema_version import current_revision, migrate
+from worker.migration import migrate
+from worker.schema_version import current_revision
 
 #: What somebody else's migrations made, with names, columns and tables of their own, and what has become of it since.
 OTHER_SOFTWARE = """
@@ -65,7 +66,7 @@ def tokentrail_migrate(monkeypatch, capsys):
         if url is not None:
             monkeypatch.setenv("DATABASE_URL", url)
         monkeypatch.setattr(sys, "argv", ["tokentrail", "migrate", *arguments])
-        settings.cache_clear()
+        load_settings.cache_clear()
         with pytest.raises(SystemExit) as ended:
             main()
         return ended.value.code, *capsys.readouterr()

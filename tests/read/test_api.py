@@ -36,10 +36,11 @@ from worker.ledger.apply import apply_batch
 from worker.ledger.deliveries import Delivery
 from worker.ledger.outcomes import Applied
 from worker.listening import CannotListen, listen
+from worker.migration import migrate
 from worker.read import problems
 from worker.read.api import create_app, serve
 from worker.read.database import Database
-from worker.schema_version import known_revision, migrate
+from worker.schema_version import known_revision
 
 ROOT = Path(__file__).parents[2]
 HISTORY = "/api/account/transaction-history"

@@ -60,7 +60,7 @@ def tokentrail(monkeypatch, capsys, database_url):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["tokentrail", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO())
-        config.settings.cache_clear()
+        config.load_settings.cache_clear()
         with pytest.raises(SystemExit) as exit_:
             main()
         printed = capsys.readouterr()

@@ -14,7 +14,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, pool
 
 from schema.tables import Base
-from worker.schema_version import LEGACY_REVISION, alembic_config
+from worker.migration import alembic_config
+from worker.schema_version import LEGACY_REVISION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

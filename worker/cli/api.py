@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from worker.config import settings
+from worker.config import load_settings
 from worker.readiness import NotReady
 
 
@@ -22,7 +22,7 @@ def api(
     from worker.listening import CannotListen  # noqa: PLC0415
     from worker.read.api import serve  # noqa: PLC0415
 
-    found = settings()
+    found = load_settings()
     log.set_up(found)
     try:
         serve(found, host or found.api_host, port or found.api_port)

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from schema.reasons import DEAD_LETTER_REASONS
 from schema.tables import DEAD_LETTER_STATES
-from worker.cli.usage import Misused, interruptible
-from worker.config import settings
+from worker.cli.usage import UsageError, interruptible
+from worker.config import load_settings
 from worker.db import connect
 from worker.ledger import dead_letters as ledger
 from worker.ledger.dead_letters import DeadLetter, Filter, StoredMessage
@@ -91,11 +91,11 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a dead letter with all that is kept of its message, and whether it could be replayed now."""
-    found_settings = settings()
+    found_settings = load_settings()
     with _connection() as connection:
         found = ledger.find(connection, number)
     if found is None:
-        raise Misused(f"There is no dead letter {number}.")
+        raise UsageError(f"There is no dead letter {number}.")
     kept, message = found
     why_not = refusal(kept, message, found_settings.max_amount)
     if as_json:
@@ -131,8 +131,8 @@ def replay(
     However often one is replayed, each of its events is applied once. Exit code 1 if a letter cannot be replayed.
     """
     if bool(numbers) == bool(reason or user or since):
-        raise Misused("Name either letters by ID, or all of a --reason, a --user or a time (--since).")
-    found = settings()
+        raise UsageError("Name either letters by ID, or all of a --reason, a --user or a time (--since).")
+    found = load_settings()
     states = ["open", "replayed"] if again else ["open"]
     which = _filter(states, reason, user, since)
     who = _who(by)
@@ -162,7 +162,7 @@ def discard(
 ) -> None:
     """Close open dead letters that need no outcome. They stay on record, and cannot be replayed any more."""
     if not reason.strip():
-        raise Misused("--reason must say why.")
+        raise UsageError("--reason must say why.")
     _refuse_untypable("--reason", reason)
     wanted = list(dict.fromkeys(numbers))
     with _connection() as connection:
@@ -190,7 +190,7 @@ def purge(
     """
     age = _age(older_than)
     if age is None:
-        raise Misused("--older-than must be an age such as 90d, 12h or 0s.")
+        raise UsageError("--older-than must be an age such as 90d, 12h or 0s.")
     with _connection() as connection:
         total, spared = ledger.count_purgeable(connection, age)
         purged = 0
@@ -206,7 +206,7 @@ def purge(
 
 @contextlib.contextmanager
 def _connection() -> Iterator[psycopg.Connection]:
-    found = settings()
+    found = load_settings()
     with connect(found.database(), found, name="tokentrail cli") as connection:
         check_schema(connection)
         yield connection
@@ -215,21 +215,21 @@ def _connection() -> Iterator[psycopg.Connection]:
 def _filter(states: Sequence[str], reasons: Sequence[str] | None, user: str | None, since: str | None) -> Filter:
     for state in states:
         if state not in DEAD_LETTER_STATES:
-            raise Misused(f"--state must be {', '.join(DEAD_LETTER_STATES)} or all.")
+            raise UsageError(f"--state must be {', '.join(DEAD_LETTER_STATES)} or all.")
     for reason in reasons or ():
         if reason not in DEAD_LETTER_REASONS:
-            raise Misused(f"--reason must be one of {', '.join(DEAD_LETTER_REASONS)}.")
+            raise UsageError(f"--reason must be one of {', '.join(DEAD_LETTER_REASONS)}.")
     if user is not None:
         _refuse_untypable("--user", user)
     return Filter(states, list(reasons or ()), user, None if since is None else _since(since))
 
 
 def _refuse_untypable(option: str, text: str) -> None:
-    """Raise Misused for what PostgreSQL's text cannot hold: NUL, and bytes that the shell gave and are no UTF-8."""
+    """Raise UsageError for what PostgreSQL's text cannot hold: NUL, and bytes that the shell gave and are no UTF-8."""
     if "\x00" in text:
-        raise Misused(f"{option} must not hold a NUL character.")
+        raise UsageError(f"{option} must not hold a NUL character.")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise Misused(f"{option} must be UTF-8.")
+        raise UsageError(f"{option} must be UTF-8.")
 
 
 def _since(text: str) -> datetime:
@@ -238,7 +238,7 @@ def _since(text: str) -> datetime:
     try:
         when = datetime.fromisoformat(text)
     except ValueError:
-        raise Misused("--since must be an age such as 12h or 7d, or a time such as 2026-01-31T12:00:00Z.") from None
+        raise UsageError("--since must be an age such as 12h or 7d, or a time such as 2026-01-31T12:00:00Z.") from None
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
@@ -254,7 +254,7 @@ def _who(by: str | None) -> str:
     """Who does this: as said, or as the machine says."""
     if by is not None:
         if not by.strip():
-            raise Misused("--by must name somebody.")
+            raise UsageError("--by must name somebody.")
         _refuse_untypable("--by", by)
         return by
     try:

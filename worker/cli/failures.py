@@ -19,7 +19,7 @@ from worker.config import HOME, ConfigError
 from worker.local.demo import DemoError
 from worker.local.embedded import EmbeddedError
 from worker.local.up import AlreadyRunning, Failed
-from worker.readiness import NotReady, no_database
+from worker.readiness import NotReady, postgresql_unreachable
 from worker.schema_version import SchemaError
 
 FAILED = 1
@@ -100,7 +100,7 @@ def _of_the_machine(error: OSError) -> str | None:
 
 def _of_postgresql(error: BaseException) -> str:
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:  # no server has answered
-        return no_database(error)
+        return postgresql_unreachable(error)
     state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
     advice = next((advice for start, advice in _OF_POSTGRESQL.items() if state.startswith(start)), _OTHERWISE)
     return f"PostgreSQL said no ({said(error)}): {advice}."

@@ -8,8 +8,8 @@ from typing import Annotated, Final
 
 import typer
 
-from worker.cli.usage import Misused
-from worker.config import HOME, ROOT, settings
+from worker.cli.usage import UsageError
+from worker.config import HOME, ROOT, load_settings
 from worker.listening import CannotListen, listen
 from worker.readiness import NotReady
 
@@ -40,7 +40,7 @@ def flower(
 
     All that Flower reads itself, FLOWER_BASIC_AUTH for one, is heeded.
     """
-    found = settings()
+    found = load_settings()
     found.broker()
     host = host or os.environ.get("FLOWER_ADDRESS") or "127.0.0.1"
     port = port or _port_of_flower() or found.flower_port
@@ -58,31 +58,31 @@ def flower(
 
 
 def _read(more: list[str]) -> None:
-    """Raise Misused unless Flower can read these options and its variables: it would end in a traceback."""
+    """Raise UsageError unless Flower can read these options and its variables: it would end in a traceback."""
     # Imported here: no other command shall wait for a web server.
     from flower import command  # noqa: PLC0415
     from tornado import options  # noqa: PLC0415
 
     for option in more:
         if not option.startswith("--") or not command.is_flower_option(option):
-            raise Misused(f"{option} is no option of Flower: see `tokentrail flower -- --help`.")
+            raise UsageError(f"{option} is no option of Flower: see `tokentrail flower -- --help`.")
         if option.partition("=")[0] in {"--address", "--port"}:
-            raise Misused(f"{option} behind the --: say --host and --port before it.")
+            raise UsageError(f"{option} behind the --: say --host and --port before it.")
     try:
         command.apply_env_options()
     except Exception as error:
-        raise Misused(f"Flower cannot use one of its FLOWER_ variables ({error}): mend or unset it.") from error
+        raise UsageError(f"Flower cannot use one of its FLOWER_ variables ({error}): mend or unset it.") from error
     try:
         options.parse_command_line(["flower", *more])
     except Exception as error:
-        raise Misused(f"Flower cannot use its options ({error}): see `tokentrail flower -- --help`.") from error
+        raise UsageError(f"Flower cannot use its options ({error}): see `tokentrail flower -- --help`.") from error
 
 
 def _port_of_flower() -> int | None:
     if not (given := os.environ.get("FLOWER_PORT")):
         return None
     if not given.isdecimal() or int(given) not in _PORTS:
-        raise Misused(f"FLOWER_PORT is not usable: must be {_PORTS[0]} to {_PORTS[-1]} (it is {given!r}).")
+        raise UsageError(f"FLOWER_PORT is not usable: must be {_PORTS[0]} to {_PORTS[-1]} (it is {given!r}).")
     return int(given)
 
 

@@ -10,22 +10,22 @@ import typer
 from alembic import command
 
 from worker.cli.adoption import differences
-from worker.cli.usage import Misused, interruptible
-from worker.config import settings
-from worker.output import console, migrating
+from worker.cli.usage import UsageError, interruptible
+from worker.config import load_settings
+from worker.migration import alembic_config, told
+from worker.migration import deploy as bring_up_to_date
+from worker.migration import downgrade as take_back
+from worker.migration import stamp as note
+from worker.migration_progress import migrating
+from worker.output import console
 from worker.schema_version import (
     LEGACY_REVISION,
     SchemaError,
-    alembic_config,
     check_schema,
     current_revision,
     known_revision,
     knows,
-    told,
 )
-from worker.schema_version import deploy as bring_up_to_date
-from worker.schema_version import downgrade as take_back
-from worker.schema_version import stamp as note
 
 app = typer.Typer(help="Bring the database's schema up to date.")
 
@@ -40,14 +40,14 @@ def deploy(
     if context.invoked_subcommand is not None:
         return
     if since is not None and not sql:
-        raise Misused("--from is for --sql: a migration starts where the database is.")
+        raise UsageError("--from is for --sql: a migration starts where the database is.")
     if since is not None and since != "base" and not knows(since):
-        raise Misused(f"There is no revision {since}: `tokentrail migrate status` says which the database is at.")
+        raise UsageError(f"There is no revision {since}: `tokentrail migrate status` says which the database is at.")
     if sql:
         with told():
             command.upgrade(alembic_config(), f"{since or 'base'}:head", sql=True)
         return
-    url = settings().database()
+    url = load_settings().database()
     logging.getLogger("psycopg").setLevel(logging.ERROR)  # it warns of the very statement that Ctrl-C ends
     goes_on = "`tokentrail migrate` goes on from where this one came to, and workers run on meanwhile."
     with interruptible(lambda: goes_on), migrating(url, console(stderr=True)) as tell:
@@ -77,7 +77,7 @@ def new(name: Annotated[str, typer.Argument(help="What it does, like add_token_a
             if newer := check_schema(connection):
                 raise SchemaError(newer)
         revision = f"{int(known_revision()) + 1:04}"
-        config = alembic_config(settings().database())
+        config = alembic_config(load_settings().database())
         script = command.revision(config, name.replace("_", " "), autogenerate=True, rev_id=revision)
         assert script is not None
         assert not isinstance(script, list)
@@ -93,7 +93,7 @@ def stamp() -> None:
 
     The database is then at revision 0001, and `tokentrail migrate` goes on from there. No table is changed.
     """
-    url = settings().database()
+    url = load_settings().database()
     with told():
         if (current := _known(url)) is not None:
             raise SchemaError(f"The schema is at {current} already: there is nothing to note.")
@@ -121,7 +121,7 @@ def downgrade(
 
     Refuses once the trail holds a row, because that is the history.
     """
-    url = settings().database()
+    url = load_settings().database()
     with told():
         current = _known(url)
         if current is None:
@@ -145,4 +145,4 @@ def _known(url: str) -> str | None:
 
 
 def _connected() -> psycopg.Connection:
-    return psycopg.connect(settings().database(), connect_timeout=5)
+    return psycopg.connect(load_settings().database(), connect_timeout=5)

@@ -13,8 +13,8 @@ import typer
 from schema.canonical import read_json
 from schema.events import InvalidEvent, parse_event
 from schema.publisher import PublishError, bulks
-from worker.cli.usage import Misused, interruptible
-from worker.config import settings
+from worker.cli.usage import UsageError, interruptible
+from worker.config import load_settings
 from worker.output import console, count, progress
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ def publish(
     }
     given = {name: value for name, value in fields.items() if value is not None}
     if (file is None) == (not given):
-        raise Misused("Give either a FILE of events or one event with --type, --user and --amount.")
+        raise UsageError("Give either a FILE of events or one event with --type, --user and --amount.")
     if file is None and bulk:
-        raise Misused("--bulk is for a FILE of events.")
-    found = settings()
+        raise UsageError("--bulk is for a FILE of events.")
+    found = load_settings()
     events = Lines(file, found.max_amount) if file is not None else None
     single = None if events else _one_event(given, found.max_amount)
     with found.publisher(lanes) as publisher:
@@ -83,12 +83,12 @@ def _one_event(given: dict[str, Any], max_amount: int) -> Event:
         try:
             given["metadata"] = read_json(given["metadata"])
         except (ValueError, RecursionError) as error:
-            raise Misused(f"--metadata is not JSON: {error}.") from None
+            raise UsageError(f"--metadata is not JSON: {error}.") from None
     given.setdefault("idempotency_key", str(uuid.uuid4()))
     try:
         return parse_event(given, max_amount=max_amount)
     except InvalidEvent as error:
-        raise Misused(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def _publish_one(publisher: Publisher, event: Event) -> None:
@@ -134,13 +134,13 @@ class Lines:
     """The events of a JSON-lines file, all of them valid. Read once, so that what was checked is what is sent."""
 
     def __init__(self, path: str, max_amount: int) -> None:
-        """Raises Misused that names the first lines that are wrong."""
+        """Raises UsageError that names the first lines that are wrong."""
         self._max_amount = max_amount
         try:
             self._text = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         except (OSError, AttributeError) as error:  # standard input may be closed, and is None then
             reason = (error.strerror or error) if isinstance(error, OSError) else "it is closed"
-            raise Misused(f"Cannot read {path}: {reason}.") from None
+            raise UsageError(f"Cannot read {path}: {reason}.") from None
         self.count = 0
         errors = []
         wrong = 0
@@ -161,9 +161,9 @@ class Lines:
             more = f"\n  and {wrong - _SHOWN_ERRORS:,} more" if wrong > _SHOWN_ERRORS else ""
             what = "lines are no events" if wrong > 1 else "line is no event"
             listed = "\n  ".join(errors)
-            raise Misused(f"Nothing was sent: {wrong:,} {what}:\n  {listed}{more}")
+            raise UsageError(f"Nothing was sent: {wrong:,} {what}:\n  {listed}{more}")
         if not self.count:
-            raise Misused(f"{path} holds no events.")
+            raise UsageError(f"{path} holds no events.")
 
     def __iter__(self) -> Iterator[Event]:
         for _, line in self._lines():

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from schema.canonical import plain_number
 from schema.responses import MAX_LIMIT, HistoryQuery, ReceiptsQuery, Rejections
-from worker.cli.usage import Misused
-from worker.config import settings
+from worker.cli.usage import UsageError
+from worker.config import load_settings
 from worker.db import connect
 from worker.output import console, history_table, printable, receipt_table, rejections_table, supply_table
 from worker.read.history import read_history_now
@@ -40,7 +40,7 @@ def history(
     try:
         query = HistoryQuery.model_validate({"userId": user, "page": page, "limit": limit})
     except ValidationError:
-        raise Misused(f"USER must be {HistoryQuery.model_fields['user_id'].description}.") from None
+        raise UsageError(f"USER must be {HistoryQuery.model_fields['user_id'].description}.") from None
     with _reader() as connection:
         read = read_rejections_now if rejected else read_history_now
         answer = read(connection, query.user_id, query.page, query.limit)
@@ -65,7 +65,7 @@ def receipt(
     except ValidationError as error:
         name, field = ("USER", "user_id") if error.errors()[0]["loc"][0] == "userId" else ("KEY", "idempotency_keys")
         rule = (ReceiptsQuery.model_fields[field].description or "").rpartition("each time ")[2]
-        raise Misused(f"{name} must be {rule}.") from None
+        raise UsageError(f"{name} must be {rule}.") from None
     with _reader() as connection:
         answer = read_receipts_now(connection, query.user_id, query.idempotency_keys)
     if as_json:
@@ -88,7 +88,7 @@ def supply(
 
 @contextlib.contextmanager
 def _reader() -> Iterator[psycopg.Connection]:
-    found = settings()
+    found = load_settings()
     with connect(found.database(), found, name="tokentrail cli") as connection:
         check_schema(connection)
         yield connection

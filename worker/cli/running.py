@@ -11,15 +11,15 @@ import typer
 from pydantic import SecretStr
 from rich.console import Console
 
-from worker.cli.usage import Misused
-from worker.config import ROOT, Settings, settings
+from worker.cli.usage import UsageError
+from worker.config import ROOT, Settings, load_settings
 from worker.local import up as running
 from worker.local.demo import DemoError, Economy, Report, run_demo, show
 from worker.local.embedded import servers
+from worker.migration import migrate
 from worker.output import console
 from worker.processes import Child, Family
-from worker.readiness import look_at_broker
-from worker.schema_version import migrate
+from worker.readiness import check_broker
 
 #: Seconds that the demo's own worker gets to end.
 _GRACE = 10.0
@@ -32,7 +32,7 @@ def up(
 
     With DATABASE_URL or BROKER_URL set, those servers are used instead of embedded ones.
     """
-    running.up(with_demo=demo, look_at_broker=look_at_broker)
+    running.up(with_demo=demo, check_broker=check_broker)
 
 
 def demo(
@@ -50,9 +50,9 @@ def demo(
     of its own.
     """
     if run is not None and not (run.isascii() and run.isalnum() and len(run) <= 40):  # noqa: PLR2004 - the sentence says it
-        raise Misused("--run must be 1 to 40 ASCII letters and digits.")
+        raise UsageError("--run must be 1 to 40 ASCII letters and digits.")
     economy = Economy(seed, run or secrets.token_hex(3), events)
-    found = settings()
+    found = load_settings()
     progress = console(stderr=as_json)
     if found.database_url is None and found.broker_url is None:
         report = on_throw_away_servers(found, economy, progress)

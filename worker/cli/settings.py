@@ -10,7 +10,7 @@ import typer
 from pydantic import SecretStr
 
 from schema.urls import masked
-from worker.config import Settings, settings
+from worker.config import Settings, load_settings
 from worker.output import console, table
 
 _MASK = "********"
@@ -20,7 +20,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Show every setting, its value with secrets masked, and where the value comes from."""
-    found = settings()
+    found = load_settings()
     rows = [
         (_variable(name), _shown(getattr(found, name)), _origin(name, found), field.description or "")
         for name, field in Settings.model_fields.items()

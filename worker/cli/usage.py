@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-class Misused(typer.TyperException):
+class UsageError(typer.TyperException):
     """The command cannot be carried out as it was given; nothing was done. One sentence; exit code 2."""
 
     exit_code = 2

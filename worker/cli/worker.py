@@ -9,10 +9,10 @@ from typing import Annotated, Final
 
 import typer
 
-from worker.cli.usage import Misused
-from worker.config import HOME, ROOT, settings
+from worker.cli.usage import UsageError
+from worker.config import HOME, ROOT, load_settings
 from worker.processes import Child, Family
-from worker.readiness import look_at_servers
+from worker.readiness import check_servers
 
 #: How every worker is started. One thread: the batch is the unit of work, and events of a worker share it.
 CELERY: Final = (
@@ -41,8 +41,8 @@ def worker(
     Several processes share one parent, which starts one that has ended again.
     """
     numbers = _lanes(lanes) if lanes is not None else []
-    found = settings()
-    for warning in look_at_servers(found):
+    found = load_settings()
+    for warning in check_servers(found):
         typer.echo(warning, err=True)
     name = name or f"worker-{os.getpid()}"
     command = [sys.executable, *_NO_WARNING, "-m", *CELERY, "--loglevel", found.log_level]
@@ -77,11 +77,11 @@ def _supervise(children: list[Child]) -> None:
 
 def _lanes(text: str) -> list[int]:
     if not _LANES.fullmatch(text):
-        raise Misused("--lanes must be numbers and ranges such as 0-3 or 0,2.")
+        raise UsageError("--lanes must be numbers and ranges such as 0-3 or 0,2.")
     found: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
         if int(last or first) < int(first):
-            raise Misused(f"--lanes: {part} ends before it begins.")
+            raise UsageError(f"--lanes: {part} ends before it begins.")
         found.update(range(int(first), int(last or first) + 1))
     return sorted(found)

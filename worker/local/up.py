@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from rich.text import Text
 
-from worker.config import HOME, ROOT, settings
+from worker.config import HOME, ROOT, load_settings
 from worker.listening import CannotListen, claim
 from worker.local.embedded import EmbeddedError, servers
-from worker.output import console, migrating
+from worker.migration import deploy
+from worker.migration_progress import migrating
+from worker.output import console
 from worker.processes import Child, Family
-from worker.schema_version import deploy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,10 +49,10 @@ class Failed(Exception):
     """A part did not start, or cannot go on; the message says which and shows its last lines."""
 
 
-def up(*, with_demo: bool, look_at_broker: Callable[[str], object]) -> None:
+def up(*, with_demo: bool, check_broker: Callable[[str], object]) -> None:
     """Run everything until SIGINT, SIGTERM or SIGHUP; then stop it in order: worker, API, Flower, servers.
 
-    Raises AlreadyRunning, Failed, EmbeddedError or ConfigError, or what `look_at_broker` raises of a Redis that is
+    Raises AlreadyRunning, Failed, EmbeddedError or ConfigError, or what `check_broker` raises of a Redis that is
     given; by then nothing is left running.
     """
     HOME.mkdir(parents=True, exist_ok=True)
@@ -59,10 +60,10 @@ def up(*, with_demo: bool, look_at_broker: Callable[[str], object]) -> None:
     with _only_one(), family.signals(), contextlib.ExitStack() as stack:
         stack.callback(_forget_addresses)
         _forget_addresses()  # of one that was killed: the settings would take them for running servers
-        settings.cache_clear()
-        given = settings()
+        load_settings.cache_clear()
+        given = load_settings()
         if given.broker_url:
-            look_at_broker(given.broker())  # what it warns of, the worker says too
+            check_broker(given.broker())  # what it warns of, the worker says too
         running = _Running(given, family)
         running.run(stack, with_demo=with_demo)
     running.say("stopped; nothing is left running.")

@@ -22,7 +22,7 @@ import structlog
 from celery import bootsteps
 from celery.worker import state
 
-from worker.config import Settings, settings
+from worker.config import Settings, load_settings
 from worker.ledger.errors import Interrupted, SuspiciousBatch
 from worker.ledger.outcomes import Applied, Locked, Outcome, Undecided
 from worker.ledger.settle import Ledger
@@ -336,7 +336,7 @@ class Batching(bootsteps.StartStopStep):
 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
-        consumer.batcher = Batcher(settings(), consumer.hostname)
+        consumer.batcher = Batcher(load_settings(), consumer.hostname)
 
     def start(self, consumer: Any) -> None:
         consumer.batcher.attach(consumer)

