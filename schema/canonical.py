@@ -13,6 +13,8 @@ from decimal import Decimal, InvalidOperation
 from json.encoder import encode_basestring
 from typing import Any, Final, TypeAlias
 
+from .text import ascii_line, quote
+
 #: Powers of ten a number may reach either way; beyond, its plain text would be longer than any limit allows.
 MAX_EXPONENT: Final = 400
 
@@ -114,11 +116,11 @@ def _write(value: object, emit: Any, order: Any, depth: int, at: _Place) -> None
         if depth == 0:
             raise NotCanonical(f"{_path(at)} is nested too deep")
         if isinstance(value, DuplicateKeys):
-            raise NotCanonical(f"{_path(at)} has the key {_short(value.name)} twice")
+            raise NotCanonical(f"{_path(at)} has the key {quote(value.name)} twice")
         if "__type__" in value and "__value__" in value:
             tag = value["__type__"]
-            what = _short(tag) if isinstance(tag, str) else type(tag).__name__
-            raise NotCanonical(f"{_path(at)} holds a Python {what}; send plain JSON")
+            kind = quote(tag) if isinstance(tag, str) else type(tag).__name__
+            raise NotCanonical(f"{_path(at)} holds a Python {kind}; send plain JSON")
         separator = "{"
         try:
             names = order(value)
@@ -126,7 +128,7 @@ def _write(value: object, emit: Any, order: Any, depth: int, at: _Place) -> None
             raise NotCanonical(f"{_path(at)} has a key that is not a string") from None
         for name in names:
             if not isinstance(name, str):
-                raise NotCanonical(f"{_path(at)} has the key {name!a:.40}, which is not a string")
+                raise NotCanonical(f"{_path(at)} has the key {quote(name)}, which is not a string")
             emit(f"{separator}{write_text(name, at)}:")
             separator = ","
             _write(value[name], emit, order, depth - 1, (at, name))
@@ -182,14 +184,5 @@ def _path(at: _Place) -> str:
     text = ""
     while at is not None:
         at, step = at
-        text = f"[{step}]{text}" if isinstance(step, int) else f".{_step(step)}{text}"
+        text = f"[{step}]{text}" if isinstance(step, int) else f".{ascii_line(step, 40)}{text}"
     return text.removeprefix(".") or "it"
-
-
-def _step(name: str) -> str:
-    """A key as it may stand in a sentence: nothing that breaks the line or turns it around."""
-    return name[:40] if name.isascii() and name.isprintable() else ascii(name[:40])[1:-1][:40]
-
-
-def _short(text: str) -> str:
-    return ascii(text[:40])

@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .canonical import MAX_EXPONENT, DuplicateKeys, JsonNumber, NotCanonical, plain_number, write_json, write_text
+from .text import is_storable, quote
 
 MAX_EVENTS: Final = 1_000  # in one tokens.apply_many
 MAX_AMOUNT: Final = 10**12  # tokens; the default, a setting of the worker
@@ -133,7 +134,7 @@ def _metadata(value: object) -> str:
 
 
 def _no_nul(text: str) -> str:
-    if "\x00" in text:
+    if not is_storable(text):  # pydantic has refused surrogates
         raise _refuse("must not hold a NUL character")
     return text
 
@@ -238,14 +239,14 @@ def parse_event(data: object, *, type_: str | None = None, max_amount: int = MAX
     Raises InvalidEvent; nothing else, whatever `data` is.
     """
     if not isinstance(data, Mapping):
-        raise InvalidEvent(f"An event must be a JSON object, not {_shown(data)}.")
+        raise InvalidEvent(f"An event must be a JSON object, not {quote(data)}.")
     if isinstance(data, DuplicateKeys):
-        raise InvalidEvent(f"The event has the field {_shown(data.name)} twice.")
+        raise InvalidEvent(f"The event has the field {quote(data.name)} twice.")
     kind = data.get("type", type_)
     model = _MODELS.get(kind) if isinstance(kind, str) else None
     if model is None or (type_ is not None and kind != type_):
-        given = "missing" if kind is None and "type" not in data else _shown(kind)
-        raise InvalidEvent(f"type is {given}: must be {_shown(type_) if type_ else 'accrual or burn'}.")
+        given = "missing" if kind is None and "type" not in data else quote(kind)
+        raise InvalidEvent(f"type is {given}: must be {quote(type_) if type_ else 'accrual or burn'}.")
     try:
         # What model_validate does, but for passing on five keyword arguments, which takes a sixth of its time.
         return model.__pydantic_validator__.validate_python(data, context={"max_amount": max_amount})  # type: ignore[no-any-return]
@@ -285,11 +286,11 @@ def _sentence(error: ValidationError) -> str:
             case "missing":
                 found.append(f"{field} is missing")
             case "extra_forbidden":
-                found.append(f"{_shown(field)} is not a field of this event")
+                found.append(f"{quote(field)} is not a field of this event")
             case _ if not field or item["type"] == "invalid_key":  # the name is what cannot be read
-                found.append(f"{_shown(item['input'])} is not a field of this event")
+                found.append(f"{quote(item['input'])} is not a field of this event")
             case _:
-                found.append(f"{field} is {_shown(item['input'])}: {_rule(item)}")
+                found.append(f"{field} is {quote(item['input'])}: {_rule(item)}")
     return "; ".join(found) + "."
 
 
@@ -305,20 +306,3 @@ def _rule(item: ErrorDetails) -> str:
         case "string_unicode":
             return "must not hold half of a surrogate pair, which is not a character"
     return item["msg"]
-
-
-def _shown(value: object) -> str:
-    """A value as an error may show it: ASCII only, at most some 60 characters, whatever it is."""
-    if isinstance(value, str):
-        text = ascii(value[:60])
-        return text if len(value) <= 60 and len(text) <= 62 else f"{text[:57].rstrip(chr(92))}...{text[0]}"  # noqa: PLR2004
-    if isinstance(value, Decimal):
-        text = str(value)
-        return text if len(text) <= 60 else f"a number of {len(text)} characters"  # noqa: PLR2004 - the promise above
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]  # as the producer wrote it
-    if isinstance(value, int):
-        return str(value) if abs(value) < 10**40 else "an integer of more than 40 digits"
-    if isinstance(value, float):
-        return str(value)
-    return "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list) else type(value).__name__

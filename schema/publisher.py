@@ -30,7 +30,8 @@ from redis.sentinel import Sentinel
 from .canonical import plain_number
 from .events import MAX_EVENTS, Accrual, Event, event_json
 from .messages import ACCRUE, APPLY_MANY, BURN, DEFAULT_QUEUE
-from .urls import UNREADABLE, check_broker, said, shown
+from .text import one_line_error
+from .urls import UNREADABLE, check_broker, public_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -126,7 +127,7 @@ class Publisher:
         if lanes < 0:
             raise ValueError("lanes must not be negative.")
         self._redis = connect(broker_url, master_name=master_name, timeout=timeout)
-        self._server = shown(broker_url)
+        self._server = public_address(broker_url)
         self._queue = queue
         self._lanes = lanes
         self._origin = json.dumps(f"{os.getpid()}@{socket.gethostname()}")
@@ -283,13 +284,13 @@ class Publisher:
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             connection.disconnect()  # type: ignore[no-untyped-call]
             raise PublishError(
-                f"The connection to Redis at {self._server} broke while {count} were sent ({said(error)}): whether"
-                " they arrived is unknown, so publish them again with the same keys.",
+                f"The connection to Redis at {self._server} broke while {count} were sent ({one_line_error(error)}):"
+                " whether they arrived is unknown, so publish them again with the same keys.",
                 events,
             ) from error
         except RedisError as error:
             raise PublishError(
-                f"Redis at {self._server} refused the message ({said(error)}): {count} not published.", events
+                f"Redis at {self._server} refused the message ({one_line_error(error)}): {count} not published.", events
             ) from error
         except BaseException:
             # An interrupt in between: the next command must not read the answer to this one.
@@ -325,4 +326,4 @@ def bulks(events: Iterable[Event], count: int = 500) -> Iterator[list[Event]]:
 
 def unreachable(server: str, error: Exception) -> str:
     """One sentence for a Redis that is away or does not let us in."""
-    return f"Redis at {server} cannot be used ({said(error)})."
+    return f"Redis at {server} cannot be used ({one_line_error(error)})."

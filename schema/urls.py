@@ -41,28 +41,21 @@ def check_broker(url: str) -> None:
             raise ValueError(UNREADABLE)
 
 
-def said(error: BaseException) -> str:
-    """An error's words in one line, without what they repeat of our commands: the password is among those."""
-    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    text = re.split(r",? with args beginning with| : <redis", text)[0]  # Redis; Sentinel's client prints its objects
-    return text.rstrip(".") or type(error).__name__
-
-
-def shown(url: str) -> str:
+def public_address(url: str) -> str:
     """The address of brokers without user, password and options, fit for a log: host:6379/0."""
     parts = [part.partition("://")[2].partition("?")[0] for part in url.split(";")]
     return ";".join(part.rpartition("@")[2] for part in parts)
 
 
-def masked(url: str, mask: str) -> str:
+def mask_secrets(url: str, mask: str) -> str:
     """An address of any server with `mask` for its password, and for its options where these may hold a secret."""
-    return ";".join(_masked(part, mask) for part in re.split(r";(?=\w+://)", url))
+    return ";".join(_mask_one(part, mask) for part in re.split(r";(?=\w+://)", url))
 
 
-def _masked(url: str, mask: str) -> str:
+def _mask_one(url: str, mask: str) -> str:
     # To the last @: whatever the password holds is before that.
     url = re.sub(
-        r"://(?:([^:@/]*)(:))?.*@", lambda found: f"://{found[1] or ''}{found[2] or ''}{mask}@", url, flags=re.DOTALL
+        r"://(?:([^:@/]*)(:))?.*@", lambda match: f"://{match[1] or ''}{match[2] or ''}{mask}@", url, flags=re.DOTALL
     )
     head, _, options = url.partition("?")
     secret = any(word in options.lower() for word in ("pass", "secret", "token", "key"))

@@ -10,7 +10,8 @@ from redis.exceptions import RedisError, ResponseError
 
 from schema.publisher import connect as connect_broker
 from schema.publisher import unreachable
-from schema.urls import said, shown
+from schema.text import one_line_error
+from schema.urls import public_address
 from worker.config import ConfigError
 from worker.db import connect
 from worker.schema_version import check_schema
@@ -59,7 +60,7 @@ def _database(settings: Settings) -> Iterator[str]:
 
 def postgresql_unreachable(error: psycopg.OperationalError) -> str:
     """One sentence for a PostgreSQL that is away, or does not let us in."""
-    why = said(error)
+    why = one_line_error(error)
     advice = next((advice for words, advice in _OF_CONNECTING.items() if words in why), _OTHERWISE)
     return f"PostgreSQL cannot be used ({why}): {advice}."
 
@@ -70,19 +71,20 @@ def check_broker(url: str) -> list[str]:
 
 
 def _broker(url: str) -> Iterator[str]:
-    where = f"Redis at {shown(url)}"
+    where = f"Redis at {public_address(url)}"
     try:
         with connect_broker(url) as broker:
             broker.ping()
             try:
                 found = dict(broker.info())
             except ResponseError as error:  # an ACL, or a service that hides it
-                yield f"{where} does not say how it is set up ({said(error)}): see yourself that it never evicts keys."
+                why = one_line_error(error)
+                yield f"{where} does not say how it is set up ({why}): see yourself that it never evicts keys."
                 return
             yield from _durability(where, found, broker)
     except (RedisError, OSError) as error:
         raise NotReady(
-            f"{unreachable(shown(url), error)[:-1]}: check that it runs, and that BROKER_URL is right."
+            f"{unreachable(public_address(url), error)[:-1]}: check that it runs, and that BROKER_URL is right."
         ) from error
     except ValueError as error:
         raise ConfigError(f"BROKER_URL is not usable: {error}.") from error

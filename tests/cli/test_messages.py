@@ -23,7 +23,7 @@ import pytest
 
 from schema.events import Accrual
 from schema.publisher import Publisher, connect
-from schema.urls import UNREADABLE, masked
+from schema.urls import UNREADABLE, mask_secrets
 from tests.kit.brokers import Broker, eventually, free_port
 from tests.kit.proxy import OldPostgreSQL, OldRedis
 from worker import config
@@ -194,7 +194,7 @@ def test_broker_url_that_can_be_read(monkeypatch, url):
     ],
 )
 def test_address_is_shown_without_its_password(url, shown):
-    assert masked(url, "***") == shown
+    assert mask_secrets(url, "***") == shown
 
 
 @pytest.mark.parametrize("command", [("supply",), ("worker",), ("migrate",), ("migrate", "status"), ("history", "a")])
@@ -442,7 +442,7 @@ def test_output_that_cannot_say_every_character(database_url):
 )
 def test_text_that_is_not_utf_8(tokentrail, database_url, broker_url, option, arguments):
     said = tokentrail("dead-letters", *arguments, DATABASE_URL=database_url, BROKER_URL=broker_url)
-    expect(said, 2, f"{option} must be UTF-8.")
+    expect(said, 2, f"{option} must be UTF-8 without NUL characters.")
 
 
 def test_output_that_is_closed():

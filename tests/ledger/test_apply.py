@@ -124,7 +124,7 @@ def test_the_first_outcome_stands_however_often_and_wherever_it_is_delivered_aga
     ("other", "words"),
     [
         (accrual("ann", "1.5", "k"), 'amount is 1.5, was 1; metadata is absent, was {"a":1}'),
-        (accrual("ann", "1", "k", source="x" * 99, metadata={"a": 1}), f"source is {'x' * 57}…, was payroll"),
+        (accrual("ann", "1", "k", source="x" * 99, metadata={"a": 1}), f"source is {'x' * 57}..., was payroll"),
         (accrual("ann", "1", "k", metadata={"a": 2}), 'metadata is {"a":2}, was {"a":1}'),
         (
             accrual("ann", "1", "k", metadata={"a": 1}, occurred_at="2026-01-01T00:00:00Z"),

@@ -109,7 +109,7 @@ def call(user, *, task="tokens.accrue", body=None, kwargs=None, headers=None, **
     ("changes", "reason", "sentence"),
     [
         ({"task": "tokens.acrue"}, "unknown_task", "There is no task 'tokens.acrue' here: tokens.accrue, "),
-        ({"task": None}, "unknown_task", "There is no task None here"),
+        ({"task": None}, "unknown_task", "There is no task null here"),
         ({"content-type": "application/x-python-serialize"}, "undecodable", "The content type is 'application/x-py"),
         ({"content-type": "application/x-yaml"}, "undecodable", "only application/json is read."),
         ({"content-encoding": "utf-16"}, "undecodable", "The content encoding is 'utf-16'; only utf-8 is read."),

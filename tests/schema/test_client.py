@@ -22,7 +22,7 @@ from tests.kit.stage import Stage
 from worker.config import ROOT
 
 APPLICATION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-MODULES = {"urls", "canonical", "events", "messages", "publisher"}
+MODULES = {"urls", "canonical", "events", "messages", "publisher", "text"}
 
 #: A program of another project. It ends with an error where this repository is in reach.
 PROGRAM = """

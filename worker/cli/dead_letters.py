@@ -20,6 +20,7 @@ from rich.table import Table
 
 from schema.reasons import DEAD_LETTER_REASONS
 from schema.tables import DEAD_LETTER_STATES
+from schema.text import is_storable
 from worker.cli.usage import UsageError, interruptible
 from worker.config import load_settings
 from worker.db import connect
@@ -225,11 +226,9 @@ def _filter(states: Sequence[str], reasons: Sequence[str] | None, user: str | No
 
 
 def _refuse_untypable(option: str, text: str) -> None:
-    """Raise UsageError for what PostgreSQL's text cannot hold: NUL, and bytes that the shell gave and are no UTF-8."""
-    if "\x00" in text:
-        raise UsageError(f"{option} must not hold a NUL character.")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UsageError(f"{option} must be UTF-8.")
+    """Raise UsageError for text that PostgreSQL cannot store: NUL, and bytes of the shell that are not UTF-8."""
+    if not is_storable(text):
+        raise UsageError(f"{option} must be UTF-8 without NUL characters.")
 
 
 def _since(text: str) -> datetime:

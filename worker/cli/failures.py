@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
 from schema.publisher import PublishError
-from schema.urls import said
+from schema.text import one_line_error
 from worker.config import HOME, ConfigError
 from worker.local.demo import DemoError
 from worker.local.embedded import EmbeddedError
@@ -80,7 +80,7 @@ def _failure(error: Exception) -> str | None:
     if isinstance(error, psycopg.Error | DBAPIError):
         return _of_postgresql((isinstance(error, DBAPIError) and error.orig) or error)
     if isinstance(error, RedisError):
-        return f"Redis said no ({said(error)}): check that BROKER_URL names the right one."
+        return f"Redis said no ({one_line_error(error)}): check that BROKER_URL names the right one."
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
         return ""
     return _of_the_machine(error) if isinstance(error, OSError) else None
@@ -103,4 +103,4 @@ def _of_postgresql(error: BaseException) -> str:
         return postgresql_unreachable(error)
     state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
     advice = next((advice for start, advice in _OF_POSTGRESQL.items() if state.startswith(start)), _OTHERWISE)
-    return f"PostgreSQL said no ({said(error)}): {advice}."
+    return f"PostgreSQL said no ({one_line_error(error)}): {advice}."

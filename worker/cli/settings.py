@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from pydantic import SecretStr
 
-from schema.urls import masked
+from schema.urls import mask_secrets
 from worker.config import Settings, load_settings
 from worker.output import console, table
 
@@ -50,5 +50,5 @@ def _origin(name: str, found: Settings) -> str:
 
 def _shown(value: object) -> str | int | float | None:
     if isinstance(value, SecretStr):
-        return masked(value.get_secret_value(), _MASK)
+        return mask_secrets(value.get_secret_value(), _MASK)
     return value if isinstance(value, int | float) or value is None else str(value)

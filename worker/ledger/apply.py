@@ -15,6 +15,7 @@ from psycopg import Connection, Cursor
 from schema.canonical import plain_number
 from schema.events import Accrual, Event
 from schema.reasons import DeadLetterReason
+from schema.text import printable_line
 
 from . import chain, dead_letters, store
 from .dead_letters import NewDeadLetter
@@ -279,7 +280,7 @@ def _content(event: Event) -> dict[str, Any]:
 def _differences(event: Event, stored: dict[str, Any], earlier: Earlier) -> str:
     """The sentence of a conflict: which fields differ, and how."""
     differing = [
-        f"{field} is {_shown(value)}, was {_shown(stored[field])}"
+        f"{field} is {_in_words(value)}, was {_in_words(stored[field])}"
         for field, value in _content(event).items()
         if value != stored[field]
     ]
@@ -293,15 +294,12 @@ def _differences(event: Event, stored: dict[str, Any], earlier: Earlier) -> str:
     )
 
 
-def _shown(value: object) -> str:
+def _in_words(value: object) -> str:
     if value is None:
         return "absent"
     if isinstance(value, Decimal):
         return plain_number(value)
-    text = value.isoformat() if isinstance(value, datetime) else str(value)
-    if not text.isprintable():  # nothing that breaks the line or turns it around
-        text = ascii(text[:60])[1:-1]
-    return text if len(text) <= 60 else f"{text[:57]}…"  # noqa: PLR2004 - a sentence, not a dump
+    return printable_line(value.isoformat() if isinstance(value, datetime) else str(value), 60)
 
 
 def _ahead(event: Event) -> str:

@@ -26,6 +26,7 @@ from psycopg.rows import class_row
 from schema.canonical import read_json
 from schema.events import Event, InvalidEvent, event_json, parse_event
 from schema.reasons import DeadLetterReason
+from schema.text import storable
 
 from .deliveries import Origin
 from .rules import BALANCE_LIMIT
@@ -289,9 +290,9 @@ def write(cursor: Cursor[Any], letters: Sequence[NewDeadLetter], now: datetime |
             "now": now,
             "fingerprint": [fingerprint for fingerprint, _ in rows],
             "reason": [letter.reason for _, letter in rows],
-            "detail": [_storable(letter.detail) for _, letter in rows],
-            "task": [_storable(letter.origin.task) for _, letter in rows],
-            "message_id": [_storable(letter.origin.message_id) for _, letter in rows],
+            "detail": [storable(letter.detail) for _, letter in rows],
+            "task": [storable(letter.origin.task) for _, letter in rows],
+            "message_id": [storable(letter.origin.message_id) for _, letter in rows],
             "event_index": [letter.origin.event_index for _, letter in rows],
             "user_id": [letter.user_id for _, letter in rows],
             "key": [letter.idempotency_key for _, letter in rows],
@@ -342,7 +343,7 @@ def _reopen(cursor: Cursor[Any], letters: Sequence[NewDeadLetter], now: datetime
             "now": now,
             "id": list(failed),
             "reason": [letters[-1].reason for letters in failed.values()],
-            "detail": [_storable(letters[-1].detail) for letters in failed.values()],
+            "detail": [storable(letters[-1].detail) for letters in failed.values()],
             "deliveries": [len(letters) for letters in failed.values()],
         },
     )
@@ -394,13 +395,6 @@ def _headers(letters: Sequence[NewDeadLetter]) -> list[str | None]:
 def _digest(body: bytes) -> bytes:
     # Cached: a bulk message of 16 MiB may have a thousand dead letters.
     return hashlib.sha256(body).digest()
-
-
-def _storable(text: str | None) -> str | None:
-    """The text with every character replaced that PostgreSQL cannot store; the body holds the original bytes."""
-    if text is None:
-        return None
-    return text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
 def _json(headers: Mapping[str, Any] | None) -> str | None:

@@ -14,6 +14,7 @@ from schema.canonical import DuplicateKeys, NotCanonical, read_json, write_json
 from schema.events import MAX_EVENTS, InvalidEvent, parse_event
 from schema.messages import APPLY_MANY, MAX_BODY_BYTES, TYPES
 from schema.reasons import DeadLetterReason
+from schema.text import is_storable, quote
 from worker.ledger.dead_letters import MAX_TOKENS, NewDeadLetter
 from worker.ledger.deliveries import Delivery, IfShort, Origin
 from worker.ledger.outcomes import Applied, DeadLettered, Outcome, Rejected
@@ -102,7 +103,7 @@ def read_work(
     if not isinstance(kwargs, Mapping):
         raise Unreadable("invalid_arguments", f"{task} takes keyword arguments as a JSON object.")
     if isinstance(kwargs, DuplicateKeys):
-        raise Unreadable("invalid_arguments", f"The keyword argument {kwargs.name[:40]!a} stands twice.")
+        raise Unreadable("invalid_arguments", f"The keyword argument {quote(kwargs.name)} stands twice.")
     if task == APPLY_MANY:
         return _read_many(kwargs, origin, max_amount, if_short=if_short)
     work = Work(bulk=False)
@@ -157,13 +158,7 @@ def letter_of(
 
 
 def _key(value: object) -> str | None:
-    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_KEY or "\x00" in value:
-        return None
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return None
-    return value
+    return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_KEY and is_storable(value) else None
 
 
 def _json(data: object) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
 from schema.messages import MAX_BODY_BYTES, UNDECODABLE_REASON_HEADER, UNDECODABLE_TASK
-from schema.text import ascii_line
+from schema.text import ascii_line, quote
 from worker.queue.parsing import Refused, Unreadable
 
 #: Deaths of a worker while it had a message in hand alone, after which the message is held to be the cause.
@@ -24,7 +24,7 @@ def check(
     content_type: object,
     content_encoding: object,
     size: int,
-    known: Container[str],
+    known: Collection[str],
     revoked: Container[str],
     deaths: int,
 ) -> None:
@@ -40,13 +40,13 @@ def check(
     if deaths >= POISONED:
         raise Unreadable("poison", f"{deaths} workers died while they had this message in hand and nothing else.")
     if not isinstance(task, str) or task not in known:
-        raise Unreadable("unknown_task", f"There is no task {_shown(task)} here: {', '.join(sorted(known))}.")  # type: ignore[call-overload]
+        raise Unreadable("unknown_task", f"There is no task {quote(task)} here: {', '.join(sorted(known))}.")
     if headers.get("compression"):
-        raise Unreadable("undecodable", f"The body is compressed ({_shown(headers['compression'])}); send it plain.")
+        raise Unreadable("undecodable", f"The body is compressed ({quote(headers['compression'])}); send it plain.")
     if content_type not in _READ:
-        raise Unreadable("undecodable", f"The content type is {_shown(content_type)}; only application/json is read.")
+        raise Unreadable("undecodable", f"The content type is {quote(content_type)}; only application/json is read.")
     if not isinstance(content_encoding, str) or content_encoding.lower() not in _ENCODINGS:
-        raise Unreadable("undecodable", f"The content encoding is {_shown(content_encoding)}; only utf-8 is read.")
+        raise Unreadable("undecodable", f"The content encoding is {quote(content_encoding)}; only utf-8 is read.")
     identity = headers.get("id")
     if isinstance(identity, str | UUID) and str(identity) in revoked:  # a list, which has no hash, is no id
         raise Refused("revoked", "The task was revoked before it was decided.")
@@ -59,26 +59,15 @@ def _check_times(headers: Mapping[str, Any]) -> None:
         try:
             moment = datetime.fromisoformat(expires)
         except (TypeError, ValueError):
-            raise Refused("expired", f"expires is {_shown(expires)}, which is no moment; do not set it.") from None
+            raise Refused("expired", f"expires is {quote(expires)}, which is no moment; do not set it.") from None
         if moment.replace(tzinfo=moment.tzinfo or UTC) < datetime.now(UTC):
             raise Refused(
-                "expired", f"The message expired at {_shown(expires)}, before it was decided; do not set expires."
+                "expired", f"The message expired at {quote(expires)}, before it was decided; do not set expires."
             )
     if (eta := headers.get("eta")) is not None:
-        raise Refused("scheduled", f"The message has an eta ({_shown(eta)}); send it when it is due instead.")
+        raise Refused("scheduled", f"The message has an eta ({quote(eta)}); send it when it is due instead.")
 
 
 def _why(reason: object) -> str:
     """What our transport says; anybody can send a message for the task that it uses."""
     return ascii_line(reason, 400) if isinstance(reason, str) else "no reason is given"
-
-
-def _shown(value: object) -> str:
-    """Anything a header can hold, as ASCII and short."""
-    if isinstance(value, str):
-        value = value[:80]
-    try:
-        text = ascii(value)
-    except RecursionError:
-        return f"a deep {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."  # noqa: PLR2004 - short

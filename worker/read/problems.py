@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from schema.responses import HistoryQuery, Problem, ReceiptsQuery
+from schema.text import ascii_line, quote
 from worker.schema_version import SchemaError
 
 from .database import DatabaseAway
@@ -20,9 +21,6 @@ MEDIA_TYPE: Final = "application/problem+json"
 
 #: Seconds after which a reader who met an outage should ask again.
 RETRY_AFTER: Final = 2
-
-#: Characters of a bad value that its refusal repeats.
-_SHOWN: Final = 60
 
 HISTORY: Final = "/api/account/transaction-history"
 REJECTIONS: Final = "/api/account/rejections"
@@ -141,7 +139,7 @@ def _refusal(error: Mapping[str, Any], rules: Mapping[str, str | None]) -> tuple
         case "too_long":
             return name, f"{name} is given {len(error['input'])} times: it must be {rules[name]}."
         case _:
-            return name, f"{name} is {_shown(error['input'])}: it must be {rules[name]}."
+            return name, f"{name} is {quote(error['input'])}: it must be {rules[name]}."
 
 
 def _is_text(text: str) -> bool:
@@ -150,11 +148,4 @@ def _is_text(text: str) -> bool:
 
 def _named(name: str, rules: Mapping[str, str | None]) -> str:
     """A parameter's name as an answer may hold it: ours as it is, anything else in ASCII and short."""
-    return name if name in rules else ascii(name[:_SHOWN])[1:-1]
-
-
-def _shown(value: object) -> str:
-    """A value as an answer may hold it: ASCII, and short."""
-    text = str(value)
-    shown = ascii(text[:_SHOWN])
-    return shown if len(shown) <= _SHOWN and len(text) <= _SHOWN else f"{shown[:_SHOWN]}...'"
+    return name if name in rules else ascii_line(name, 60)
