@@ -26,6 +26,7 @@ import pytest
 import redis
 
 from tests.kit import producer as another
+from tests.kit.stage import Stage, Watcher
 from worker import config
 from worker.local import embedded
 from worker.migration import migrate
@@ -179,6 +180,20 @@ def broker_url(servers, _logical_databases) -> str:
     with redis.Redis.from_url(url) as client:
         client.flushdb()
     return url
+
+
+@pytest.fixture
+def stage(database_url, broker_url, tmp_path) -> Iterator[Stage]:
+    """`stage.start()` starts a worker, `stage.publisher` sends it events."""
+    with Stage(database_url, broker_url, tmp_path) as stage:
+        yield stage
+
+
+@pytest.fixture
+def watcher(broker_url) -> Iterator[Watcher]:
+    """The task events that Flower would receive."""
+    with Watcher(broker_url) as watcher:
+        yield watcher
 
 
 @pytest.fixture

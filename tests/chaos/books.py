@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from schema.events import Accrual, Burn
-from tests.kit.brokers import message
+from tests.kit.messages import message
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,7 +16,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from schema.publisher import Publisher, PublishError
-from tests.kit.brokers import PRIORITY_STEPS, eventually, key
+from tests.kit.messages import PRIORITY_STEPS, key
+from tests.kit.wait import eventually
 from worker.ledger.invariants import check
 
 from .workers import Worker
@@ -126,7 +127,7 @@ class Ground:
         books.messages += 1
         self.publish_bulk(books.opening())
         funder = self.work(**(worker_of or {}))
-        eventually(lambda: self.decided() == len(books.expected), 60)
+        eventually(lambda: self.decided() == len(books.expected))
         assert funder.stop() == 0, funder.last_words()
 
     # PostgreSQL

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.kit.brokers import eventually
 from tests.kit.proxy import Proxy
+from tests.kit.wait import eventually
 
 from .ground import LONG, Stream, sized
 
@@ -32,7 +32,7 @@ def test_cut_connections_lose_nothing_and_leave_nothing_open(ground, books, prox
             cut += proxies[number % 2].cut()
             if number % 10 == 9:  # let it connect again: what is cut while it connects is another matter
                 decided = ground.decided()
-                eventually(lambda: ground.decided() > decided or not ground.queued(), 60)  # noqa: B023
+                eventually(lambda: ground.decided() > decided or not ground.queued())  # noqa: B023
     ground.drain(books).assert_nothing_lost(f"{cut} connections cut in {CUTS} cuts")
     assert worker.alive
     after = worker.files(), worker.memory()
@@ -72,7 +72,7 @@ def test_a_half_open_connection_is_noticed_and_replaced(ground, books, proxies, 
     worker = ground.work(database_url=to_postgres.url, broker_url=to_redis.url, **settings)
     for _ in range(sized(1, 3)):
         ground.publish(books.messages_for(300))
-        eventually(lambda: ground.queued() + ground.held() == 0, 60)
+        eventually(lambda: ground.queued() + ground.held() == 0)
         proxy = to_postgres if which == "postgresql" else to_redis
         assert proxy.half_open()
         began = time.monotonic()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.kit.brokers import eventually
+from tests.kit.wait import eventually
 
 from .ground import LONG, VISIBILITY_TIMEOUT, Stream, sized
 
@@ -98,7 +98,7 @@ def test_the_late_twin_of_a_frozen_worker_changes_nothing(ground, books):
             other = ground.work(**settings)
         time.sleep(2 * VISIBILITY_TIMEOUT)  # not a wait for something: this is the freeze
         ground.publish(books.messages_for(200))
-        eventually(lambda: ground.queued() + ground.held() == 0, 240)  # longer than a burn may wait
+        eventually(lambda: ground.queued() + ground.held() == 0, seconds=240)  # longer than a burn may wait
         sleeper.thaw()
         ground.publish(books.messages_for(200))
         sleeper, other = (sleeper, other) if round_ % 2 else (other, sleeper)

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 import redis
 
-from tests.kit.brokers import eventually
+from tests.kit.wait import eventually
 
 from .ground import Stream, sized
 
@@ -66,7 +66,7 @@ def test_a_full_redis_is_drained_without_an_operator(ground, books):
         with pytest.raises(redis.OutOfMemoryError):
             client.lpush("elsewhere", "x")
         workers = [ground.work() for _ in range(2)]
-        eventually(lambda: ground.queued() + ground.held() == 0, 60)
+        eventually(lambda: ground.queued() + ground.held() == 0)
         client.config_set("maxmemory", 0)
     ground.publish(books.messages_for(100))
     ground.drain(books).assert_nothing_lost("a full Redis")
@@ -113,7 +113,7 @@ def away_and_back(ground, books, worker, leave, come_back):
     """While PostgreSQL is away: keep what is in hand, fetch no more, say so once, go on alone."""
     leave()
     ground.publish(books.messages_for(100))
-    eventually(lambda: worker.said(AWAY) == 1, 30)
+    eventually(lambda: worker.said(AWAY) == 1)
     ground.publish(books.messages_for(1500))
     time.sleep(2)  # several tries, and a visibility timeout: this is the outage
     held, queued = ground.held(), ground.queued()

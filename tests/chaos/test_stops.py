@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.kit.brokers import eventually
+from tests.kit.wait import eventually
 
 from .ground import sized
 
@@ -25,7 +25,7 @@ def test_a_stop_under_load_finishes_the_batch_and_puts_the_rest_back(ground, boo
     for _ in range(sized(1, 10)):
         decided = ground.decided()
         ground.publish(books.messages_for(3000))
-        eventually(lambda: ground.decided() > decided, 30)  # noqa: B023
+        eventually(lambda: ground.decided() > decided)  # noqa: B023
         status = worker.stop(sign, SOON)
         assert ground.held() == 0, "what it had in hand is neither acknowledged nor put back"
         print(f"{sign.name}: ended with {status}, {ground.queued()} messages in the queue")
@@ -59,7 +59,7 @@ def test_a_stop_while_postgresql_is_away_puts_everything_back_uncounted(ground, 
     stops = sized(2, 8)
     for _ in range(stops):
         worker = ground.work(visibility_timeout=3600)
-        eventually(lambda: worker.said("database not available") == 1, 30)  # noqa: B023
+        eventually(lambda: worker.said("database not available") == 1)  # noqa: B023
         assert ground.held() == len(queued)
         assert worker.stop(sign, SOON) == 0
         with ground.redis() as client:
@@ -76,7 +76,7 @@ def test_a_stop_while_redis_is_away_ends_the_worker_and_loses_nothing(ground, bo
     ground.publish(books.messages_for(500))
     ground.postgres.stop("immediate")
     worker = ground.work()
-    eventually(lambda: ground.held() > 0, 30)
+    eventually(lambda: ground.held() > 0)
     ground.valkey.kill()
     time.sleep(0.5)
     worker.stop(sign, SOON)
@@ -92,7 +92,7 @@ def test_waiting_burns_are_put_back_by_a_stop_and_never_rejected(ground, books):
     ground.publish([burn])
     for _ in range(sized(2, 8)):
         worker = ground.work(burn_patience=60, visibility_timeout=3600)
-        eventually(lambda: ground.held() == 1, 30)
+        eventually(lambda: ground.held() == 1)
         time.sleep(0.5)  # it has met too small a balance by then
         assert worker.stop(seconds=SOON) == 0
         assert (ground.queued(), ground.held()) == (1, 0)

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from tests.kit.brokers import eventually
-from tests.kit.stage import Stage, accrual, burn
+from tests.kit.events import accrual, burn
+from tests.kit.wait import eventually
 from worker.config import ROOT
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Flower:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        eventually(self._answers, 60)
+        eventually(self._answers)
 
     def _answers(self) -> bool:
         try:
@@ -69,20 +69,13 @@ def flower(broker_url) -> Iterator[Flower]:
     flower.close()
 
 
-@pytest.fixture
-def stage(database_url, broker_url, tmp_path) -> Iterator[Stage]:
-    stage = Stage(database_url, broker_url, tmp_path)
-    yield stage
-    stage.close()
-
-
 def test_flower_shows_each_event_with_arguments_success_and_result_and_nothing_stuck(stage, flower, requires_program):
     chromium = requires_program("chromium")
     stage.start(burn_patience=0.3)
     stage.publisher.publish_all(accrual(f"user-{n}", "0.000777", f"a{n}") for n in range(300))
     stage.publisher.publish_all([burn("ann", 5, "b"), accrual("zoe", "12.5", "order-4711")])
 
-    eventually(lambda: len(flower.get("/api/tasks?limit=1000")) == 302, 30)
+    eventually(lambda: len(flower.get("/api/tasks?limit=1000")) == 302)
     eventually(lambda: all(task["state"] == "SUCCESS" for task in flower.get("/api/tasks?limit=1000").values()))
 
     tasks = list(flower.get("/api/tasks?limit=1000").values())

@@ -19,8 +19,9 @@ from psycopg.waiting import Wait
 from schema.events import event_json
 from schema.messages import ACCRUE
 from schema.publisher import connect
-from tests.kit.brokers import Broker, eventually
-from tests.kit.stage import accrual
+from tests.kit.events import accrual
+from tests.kit.servers import Broker
+from tests.kit.wait import eventually
 from worker.cli.worker import CELERY
 from worker.config import ROOT, Settings
 from worker.db import connect as connect_database
@@ -103,7 +104,7 @@ def test_publish_says_how_much_of_a_file_was_published_and_that_all_of_it_may_be
     with Broker(tmp_path / "broker") as given, given.client as broker:
         broker.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
         with running({"BROKER_URL": given.url}, *command) as process:
-            eventually(lambda: int(broker.info("clients")["blocked_clients"]) > 0, 60)
+            eventually(lambda: int(broker.info("clients")["blocked_clients"]) > 0)
             said = ctrl_c(process)
         assert said == (130, "", f"{INTERRUPTED}at least 0 of 1,500 events were published; {again}\n")
         broker.execute_command("CLIENT", "UNPAUSE")
@@ -120,7 +121,7 @@ def test_migrate_goes_on_where_it_was_interrupted(empty_database_url):
     ):
         reader.execute("SELECT FROM burned_credit")
         with running(servers, *TOKENTRAIL, "migrate") as process:
-            eventually(lambda: watcher.execute(WAITING).fetchall() or process.poll() is not None, 60)
+            eventually(lambda: watcher.execute(WAITING).fetchall() or process.poll() is not None)
             said = ctrl_c(process)
     goes_on = "`tokentrail migrate` goes on from where this one came to, and workers run on meanwhile."
     assert said == (130, "", f"{INTERRUPTED}{goes_on}\n")
@@ -137,7 +138,7 @@ def test_migrate_says_in_a_sentence_that_its_session_was_ended(empty_database_ur
         reader.execute("SELECT FROM burned_credit")
         with running({"DATABASE_URL": empty_database_url}, *TOKENTRAIL, "migrate") as process:
             end = WAITING.replace("SELECT", "SELECT pg_terminate_backend(pid)")
-            eventually(lambda: watcher.execute(end).fetchall() or process.poll() is not None, 60)
+            eventually(lambda: watcher.execute(end).fetchall() or process.poll() is not None)
             out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (1, "")
     assert err.startswith("tokentrail: PostgreSQL said no (terminating connection due to administrator command")
@@ -167,7 +168,7 @@ def test_dead_letters_say_that_the_same_may_be_done_again(database_url, broker_u
     ):
         stranger.execute("SELECT FROM dead_letter FOR UPDATE")
         with running(servers, *TOKENTRAIL, "dead-letters", *command) as process:
-            eventually(lambda: watcher.execute(WAITING).fetchall() or process.poll() is not None, 60)
+            eventually(lambda: watcher.execute(WAITING).fetchall() or process.poll() is not None)
             assert ctrl_c(process) == (130, "", f"{INTERRUPTED}{says}\n")
     with running(servers, *TOKENTRAIL, "dead-letters", *command) as process:
         out, err = process.communicate(timeout=60)
@@ -193,7 +194,7 @@ def test_ctrl_c_ends_a_demo(database_url, broker_url):
         connect(broker_url) as broker,
         running({"DATABASE_URL": database_url, "BROKER_URL": broker_url}, *TOKENTRAIL, "demo") as process,
     ):
-        eventually(lambda: broker.llen("tokens") > 0 or process.poll() is not None, 60)
+        eventually(lambda: broker.llen("tokens") > 0 or process.poll() is not None)
         code, _, err = ctrl_c(process)
     assert code == 130
     assert "Traceback" not in err

@@ -24,8 +24,9 @@ import pytest
 from schema.events import Accrual
 from schema.publisher import Publisher, connect
 from schema.urls import UNREADABLE, mask_secrets
-from tests.kit.brokers import Broker, eventually, free_port
 from tests.kit.proxy import OldPostgreSQL, OldRedis
+from tests.kit.servers import Broker, free_port
+from tests.kit.wait import eventually
 from worker import config
 from worker.cli import main
 from worker.config import ROOT
@@ -329,7 +330,7 @@ def test_worker_on_a_newer_schema_says_so_and_works(database_url, broker_url, tm
         try:
             with Publisher(broker_url) as publisher:
                 publisher.publish(Accrual(user_id="ann", amount=1, idempotency_key="k", source="test"))
-            eventually(lambda: connection.execute("SELECT balance FROM account").fetchall() == [(1,)], 60)
+            eventually(lambda: connection.execute("SELECT balance FROM account").fetchall() == [(1,)])
         finally:
             worker.kill()
             worker.wait()
@@ -410,7 +411,7 @@ def test_worker_uses_the_servers_of_the_folder_it_is_started_in(database_url, br
         with Publisher(broker_url) as publisher, psycopg.connect(database_url, autocommit=True) as connection:
             publisher.publish(Accrual(user_id="ann", amount=1, idempotency_key="k", source="test"))
             applied = lambda: connection.execute("SELECT balance FROM account").fetchall() == [(1,)]  # noqa: E731
-            eventually(lambda: applied() or worker.poll() is not None, 60)
+            eventually(lambda: applied() or worker.poll() is not None)
             assert applied()
     finally:
         worker.kill()

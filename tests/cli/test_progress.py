@@ -17,8 +17,8 @@ import pytest
 
 from schema.events import event_json
 from schema.messages import ACCRUE
-from tests.kit.brokers import eventually
-from tests.kit.stage import accrual
+from tests.kit.events import accrual
+from tests.kit.wait import eventually
 from worker.config import ROOT, Settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
@@ -54,7 +54,7 @@ class Terminal(NamedTuple):
 
     def shows(self, text):
         """Eventually, whatever was shown before and after it."""
-        eventually(lambda: text in self.text() or not self.reader.is_alive(), PATIENCE)
+        eventually(lambda: text in self.text() or not self.reader.is_alive())
         assert text in self.text()
 
     def text(self):
@@ -140,10 +140,10 @@ def test_a_migration_shows_which_statement_it_is_at_and_that_it_waits_for_a_lock
         with on_a_terminal(environment, "migrate") as terminal:
             terminal.shows("waiting for a lock: ALTER TABLE burned_credit")
             # And all the time: most of it, it rests between two tries.
-            eventually(lambda: terminal.text().count("waiting for a lock: ALTER TABLE burned_credit") > 4, PATIENCE)
+            eventually(lambda: terminal.text().count("waiting for a lock: ALTER TABLE burned_credit") > 4)
             assert not re.search(r"\d \S+ ALTER TABLE burned_credit", terminal.text())
             with on_a_pipe(environment, "migrate") as second:
-                eventually(lambda: watcher.execute(MIGRATORS).fetchone() == (2,), PATIENCE)
+                eventually(lambda: watcher.execute(MIGRATORS).fetchone() == (2,))
                 reader.commit()
                 terminal.shows("waiting for a lock: ALTER TABLE account VALIDATE CONSTRAINT")
                 stranger.commit()

@@ -32,7 +32,8 @@ from typer.testing import CliRunner
 
 from schema.events import Accrual, Burn, event_json
 from schema.messages import APPLY_MANY
-from tests.kit.brokers import eventually, free_port
+from tests.kit.servers import free_port
+from tests.kit.wait import eventually
 from worker.cli import app as cli
 from worker.cli.examples import EXAMPLES, EXIT_CODES
 from worker.config import Settings, load_settings
@@ -154,7 +155,7 @@ def system(given):
                 started_by_make_run(), cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
         try:
-            eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, 120)
+            eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, seconds=120)
             assert up.poll() is None, log.read_text()
             addresses = json.loads((folder / ".tokentrail" / "servers.json").read_text())
             addresses["restored_url"] = urlsplit(addresses["database_url"])._replace(path="/restored").geturl()
@@ -293,7 +294,7 @@ def test_where_there_is_no_make_the_commands_of_the_readme_do_the_same(copied, t
     with log.open("wb") as output:
         up = subprocess.Popen(last.split(), cwd=copied, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, 120)
+        eventually(lambda: "tokentrail is running" in log.read_text() or up.poll() is not None, seconds=120)
         up.send_signal(signal.SIGINT)
         assert up.wait(60) == 0, log.read_text()
     finally:
@@ -374,7 +375,7 @@ def test_every_block_of_python_runs_and_its_event_is_applied(system, producer, b
     own = f"{key}-of-line-{block.line}"
     assert receipt(system, user, own)["status"] == "unknown"
     producer.run(system.as_here(block.text).replace(f'"{key}"', f'"{own}"'))
-    eventually(lambda: receipt(system, user, own)["status"] in {"applied", "rejected"}, 30)
+    eventually(lambda: receipt(system, user, own)["status"] in {"applied", "rejected"})
 
 
 def receipt(system, user, key):
@@ -391,7 +392,7 @@ def test_what_the_concepts_say_becomes_of_their_examples_becomes_of_them(system)
     """Runs behind the blocks of the page."""
     user = "concept-ann"
     expected = {"order-1": "applied", "call-1": "applied", "call-2": "rejected"}
-    eventually(lambda: all(receipt(system, user, key)["status"] == what for key, what in expected.items()), 30)
+    eventually(lambda: all(receipt(system, user, key)["status"] == what for key, what in expected.items()))
     assert [receipt(system, "concept-bob", key)["status"] for key in ("early", "late")] == ["applied", "applied"]
     letters = json.loads(system.run(f".venv/bin/tokentrail dead-letters list --user {user} --json"))
     assert [(each["reason"], each["idempotency_key"]) for each in letters] == [("conflict", "order-1")]
@@ -475,7 +476,7 @@ def test_flower_says_what_the_readme_says_it_says(system):
             tasks = json.load(answer).values()
         return {(each["name"], each["result"]) for each in tasks if "alice" in (each["kwargs"] or "")}
 
-    eventually(lambda: (said[1], said[3]) in shown(), 30)
+    eventually(lambda: (said[1], said[3]) in shown())
     assert said[2] in {name for name, _ in shown()}
 
 

@@ -17,8 +17,10 @@ import psycopg
 import pytest
 from celery import Celery
 
-from tests.kit.brokers import PRIORITY_STEPS, eventually, key
-from tests.kit.stage import Stage, accrual, burn
+from tests.kit.events import accrual, burn
+from tests.kit.messages import PRIORITY_STEPS, key
+from tests.kit.stage import Stage
+from tests.kit.wait import eventually
 from worker.read.history import read_history_now
 
 from . import hostile
@@ -92,13 +94,6 @@ class Traffic:
 
     def memory(self) -> int:
         return self.process.memory_info().rss
-
-
-@pytest.fixture
-def stage(database_url, broker_url, tmp_path) -> Iterator[Stage]:
-    stage = Stage(database_url, broker_url, tmp_path)
-    yield stage
-    stage.close()
 
 
 @pytest.fixture
@@ -259,7 +254,7 @@ def test_hostile_broadcasts_neither_end_a_worker_nor_silence_it(traffic, stage):
     pubsub.close()
 
     stage.publisher.publish(accrual("ann", 1, "a"))
-    eventually(lambda: stage.balance("ann") == 1, 60)
+    eventually(lambda: stage.balance("ann") == 1)
     eventually(lambda: stage.in_redis() == 0)
     assert answers_ping(stage), "it hears its operators"
     assert traffic.worker.poll() is None

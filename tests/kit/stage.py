@@ -7,15 +7,14 @@ import subprocess
 import sys
 import threading
 from decimal import Decimal
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 from celery import Celery
 from celery.events import EventReceiver
 
-from schema.events import Accrual, Burn
 from schema.publisher import Publisher, connect
-from tests.kit.brokers import eventually
+from tests.kit.wait import eventually
 from worker.cli.worker import CELERY
 from worker.config import ROOT
 from worker.ledger.invariants import check
@@ -49,7 +48,7 @@ class Stage:
                 stderr=subprocess.STDOUT,
             )
         self.workers.append(worker)
-        eventually(lambda: " ready." in log.read_text() or worker.poll() is not None, 60)
+        eventually(lambda: " ready." in log.read_text() or worker.poll() is not None)
         assert worker.poll() is None, log.read_text()
         return worker
 
@@ -74,20 +73,18 @@ class Stage:
         with psycopg.connect(self.database_url, autocommit=True) as connection:
             return [broken.sentence for broken in check(connection)]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
             worker.wait()
         self.publisher.close()
         self.redis.close()
-
-
-def accrual(user: str, amount: object, key: str) -> Accrual:
-    return Accrual(user_id=user, amount=amount, idempotency_key=key, source="test")  # type: ignore[arg-type]
-
-
-def burn(user: str, amount: object, key: str) -> Burn:
-    return Burn(user_id=user, amount=amount, idempotency_key=key, action="test")  # type: ignore[arg-type]
 
 
 class Watcher:
@@ -118,7 +115,10 @@ class Watcher:
     def types(self, task_id: str) -> list[str]:
         return [event["type"] for event in self.events.get(task_id, [])]
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(10)
         self._connection.release()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
+from tests.kit.events import accrual
 from worker.config import Settings
 from worker.ledger.deliveries import Delivery
 from worker.ledger.settle import Ledger
 
-from .support import accrual, logged
+from .support import logged
 
 if __name__ == "__main__":
     url, key, *users = sys.argv[1:]

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-import time
 from concurrent.futures import wait
 from datetime import UTC, datetime
 
 from hypothesis import HealthCheck, settings
 from structlog.testing import capture_logs
 
-from schema.events import event_json, parse_event
+from schema.events import event_json
+from tests.kit.wait import PATIENCE, eventually
 from worker.config import Settings
 from worker.ledger.deliveries import Delivery, IfShort, Origin
 from worker.ledger.invariants import check
 from worker.ledger.settle import Ledger
-
-#: Longest that anything may take that must happen at all; nothing is asserted about how soon it does.
-PATIENCE = 60  # seconds
 
 NOON = datetime(2026, 1, 31, 12, 0, 0, 123456, tzinfo=UTC)
 
@@ -41,16 +38,6 @@ repeatable = settings(
 
 def settings_for(url, **changes):
     return Settings(DATABASE_URL=url, **changes)
-
-
-def accrual(user, amount, key, *, max_amount=10**20, **more):
-    event = {"user_id": user, "amount": amount, "idempotency_key": key, "source": "payroll"} | more
-    return parse_event(event, type_="accrual", max_amount=max_amount)
-
-
-def burn(user, amount, key, *, max_amount=10**20, **more):
-    event = {"user_id": user, "amount": amount, "idempotency_key": key, "action": "render"} | more
-    return parse_event(event, type_="burn", max_amount=max_amount)
 
 
 def sent(*events, if_short=IfShort.REJECT):
@@ -109,15 +96,6 @@ def pid(connection):
     return connection.info.backend_pid
 
 
-def until(what, say):
-    """Wait until `what()` is true, however busy the machine is."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := what()):
-        assert time.monotonic() < deadline, f"still not so: {say}"
-        time.sleep(0.01)
-    return found
-
-
 def waiting_for(observer, holder):
     """The backends that wait for a lock that the connection `holder` has, as PostgreSQL says it."""
     observer.execute("SELECT pg_stat_clear_snapshot()")  # else a transaction sees the activity of its first look
@@ -172,7 +150,7 @@ class Watched(Ledger):
     def wait_again(self, times=2):
         """Until it has tried so many times more, and is waiting again."""
         enough = self.waits + times
-        until(lambda: self.waits >= enough, f"wait no. {enough} of the ledger")
+        eventually(lambda: self.waits >= enough, f"wait no. {enough} of the ledger")
 
     def finish(self):
         wait(self._running, PATIENCE)

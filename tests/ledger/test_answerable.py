@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.ledger.support import accrual, burn, sent
+from tests.kit.events import accrual, burn
+from tests.ledger.support import sent
 from worker.ledger.apply import apply_batch
 from worker.ledger.deliveries import IfShort
 from worker.ledger.store import answerable

@@ -10,6 +10,7 @@ from decimal import Context, Decimal, Inexact, Rounded, localcontext
 import pytest
 from psycopg.pq import Trace
 
+from tests.kit.events import accrual, burn
 from worker.ledger.apply import apply_batch
 from worker.ledger.chain import payload_hash
 from worker.ledger.dead_letters import NewDeadLetter
@@ -18,7 +19,7 @@ from worker.ledger.outcomes import Applied, DeadLettered, Rejected, Undecided
 from worker.ledger.rules import Reason
 from worker.ledger.store import stripe_of
 
-from .support import NOON, accrual, assert_books_balance, burn, count, rows, sent, told
+from .support import NOON, assert_books_balance, count, rows, sent, told
 
 TINY = "0.000000000000000001"
 LARGEST = "99999999999999999999.999999999999999999"

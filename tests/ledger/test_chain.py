@@ -7,10 +7,11 @@ import hashlib
 import pytest
 
 from schema.events import parse_event
+from tests.kit.events import accrual, burn
 from worker.ledger.apply import apply_batch
 from worker.ledger.chain import VERSION, micros, money, payload_hash
 
-from .support import NOON, accrual, assert_books_balance, burn, sent
+from .support import NOON, assert_books_balance, sent
 
 #: What version 1 says of two records and a rejection of one account. A change here is a new version: what is stored
 #: was hashed like this.

@@ -7,11 +7,12 @@ from datetime import timedelta
 import psycopg
 import pytest
 
+from tests.kit.events import accrual, burn
 from worker.ledger.apply import apply_batch
 from worker.ledger.chain import RECORD_FORM, REJECTION_FORM
 from worker.ledger.invariants import INVARIANTS, check
 
-from .support import NOON, accrual, as_forger, assert_books_balance, broken, burn, empty, sent
+from .support import NOON, as_forger, assert_books_balance, broken, empty, sent
 
 BALANCE = "a balance is its opening balance plus the sum of its records"
 NUMBERED = "an account's records are numbered 1, 2, 3 … without a gap, and its sequence counts them"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import psycopg
 import pytest
 
+from tests.kit.events import accrual, burn
 from worker.ledger.settle import Ledger
 
-from .support import accrual, as_forger, burn, sent, settings_for
+from .support import as_forger, sent, settings_for
 
 TABLES = ("transaction_record", "rejected_event", "burned_credit", "account")
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kit.events import accrual, burn
 from worker.ledger.apply import apply_batch
 from worker.ledger.deliveries import Delivery, IfShort
 from worker.ledger.outcomes import Applied, DeadLettered, Rejected, Undecided
 from worker.ledger.rules import Reason
 
-from .support import NOON, accrual, assert_books_balance, burn, count, empty, repeatable, rows
+from .support import NOON, assert_books_balance, count, empty, repeatable, rows
 
 USERS = ["ann", "Bö\tb\\N", "~", "1:a"]
 AHEAD = (NOON + timedelta(days=30)).isoformat()

@@ -11,23 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 
+from tests.kit.events import accrual, burn
+from tests.kit.wait import eventually
 from worker.db import connect
 from worker.ledger.apply import apply_batch
 from worker.ledger.outcomes import Applied, Rejected
 
-from .support import (
-    accrual,
-    assert_books_balance,
-    burn,
-    count,
-    holding,
-    pid,
-    sent,
-    settings_for,
-    told,
-    until,
-    waiting_for,
-)
+from .support import assert_books_balance, count, holding, pid, sent, settings_for, told, waiting_for
 
 WORKERS = 8
 
@@ -154,7 +144,7 @@ def test_the_second_holder_of_a_lock_waits_and_then_sees_what_the_first_did(conn
     with first.transaction():
         apply_batch(first, sent(accrual("ann", 5, "k1")), stripe=1)
         waiting = background(apply_batch, second, sent(burn("ann", 2, "k2")), stripe=2)
-        assert until(lambda: waiting_for(owner, first), "the second batch waits for the first") == [pid(second)]
+        assert eventually(lambda: waiting_for(owner, first), "the second batch waits for the first") == [pid(second)]
         assert not waiting.done()
         assert count(owner, "account") == 0
     assert told(waiting.result(60)) == ["applied #2: 5 → 3"]
@@ -166,7 +156,7 @@ def test_a_batch_waits_for_an_account_that_another_is_opening(connections, owner
     with first.transaction():
         apply_batch(first, sent(accrual("new", 5, "k")), stripe=1)
         waiting = background(apply_batch, second, sent(accrual("new", 5, "k")), stripe=2)
-        until(lambda: waiting_for(owner, first) == [pid(second)], "the second batch waits for the first")
+        eventually(lambda: waiting_for(owner, first) == [pid(second)], "the second batch waits for the first")
     assert told(waiting.result(60)) == ["applied #1: 0 → 5 (again)"]
 
 
@@ -176,9 +166,9 @@ def test_a_batch_sees_what_was_decided_while_it_waited_for_a_lock(connections, o
     first, second, *_ = connections
     with holding(owner, "ann"):
         one = background(apply_batch, first, sent(burn("ann", 2, "k")), stripe=1)
-        until(lambda: waiting_for(owner, owner) == [pid(first)], "the first batch waits for the holder")
+        eventually(lambda: waiting_for(owner, owner) == [pid(first)], "the first batch waits for the holder")
         other = background(apply_batch, second, sent(burn("ann", 2, "k")), stripe=2)
-        until(
+        eventually(
             lambda: owner.execute("SELECT cardinality(pg_blocking_pids(%s))", (pid(second),)).fetchone()[0] > 0,
             "the second batch waits too",
         )

@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
+from tests.kit.events import accrual, burn
+from tests.kit.wait import PATIENCE, eventually
 from worker.config import Settings
 from worker.db import connect
 from worker.ledger.apply import CONTENDED_AFTER_SECONDS, apply_batch
@@ -29,21 +31,7 @@ from worker.ledger.outcomes import Applied, DeadLettered, Locked, Rejected, Unde
 from worker.local.embedded import PostgresServer
 from worker.migration import migrate
 
-from .support import (
-    PATIENCE,
-    accrual,
-    assert_books_balance,
-    broken,
-    burn,
-    count,
-    holding,
-    logged,
-    rows,
-    sent,
-    told,
-    until,
-    waiting_for,
-)
+from .support import assert_books_balance, broken, count, holding, logged, rows, sent, told, waiting_for
 
 BATCH = 500
 
@@ -199,7 +187,7 @@ def test_a_cancelled_statement_is_tried_again(watched, owner):
     ledger = watched(lock_timeout=60)
     with holding(owner, "user1"):
         outcomes = ledger.begin(sent(*events(20)))
-        [backend] = until(lambda: waiting_for(owner, owner), "the batch waits for the lock")
+        [backend] = eventually(lambda: waiting_for(owner, owner), "the batch waits for the lock")
         assert owner.execute("SELECT pg_cancel_backend(%s)", (backend,)).fetchone() == (True,)
         assert ledger.next_report().endswith("[57014]")
     assert len(outcomes.result(PATIENCE)) == 20
@@ -212,7 +200,7 @@ def test_a_session_ended_in_mid_batch_is_replaced(watched, owner):
     ledger.settle(sent(*events(20)))
     with holding(owner, "user6"):
         outcomes = ledger.begin(sent(*events(40)))
-        [backend] = until(lambda: waiting_for(owner, owner), "the batch waits for the lock")
+        [backend] = eventually(lambda: waiting_for(owner, owner), "the batch waits for the lock")
         assert owner.execute("SELECT pg_terminate_backend(%s)", (backend,)).fetchone() == (True,)
         assert "57P01" in ledger.next_report()
     assert [outcome.repeated for outcome in outcomes.result(PATIENCE)] == [True] * 20 + [False] * 20
@@ -232,7 +220,7 @@ def test_a_deadlock_with_a_stranger_is_tried_again(watched, owner, url):
         stranger.execute("SET LOCAL deadlock_timeout = '1h'")
         stranger.execute("SELECT FROM account WHERE user_id = 'user6' FOR UPDATE")
         outcomes = ledger.begin(sent(*events(20)))
-        until(lambda: waiting_for(owner, stranger), "the batch waits for the stranger")
+        eventually(lambda: waiting_for(owner, stranger), "the batch waits for the stranger")
         # Returns when the ledger has given way.
         stranger.execute("SELECT FROM account WHERE user_id = 'user0' FOR UPDATE")
         assert ledger.next_report().endswith("[40P01]")
@@ -478,7 +466,7 @@ def test_while_some_accounts_are_locked_the_others_events_are_decided(watched, o
     with logged() as entries:
         with holding(owner, "bob"):
             outcomes = ledger.begin(sent(*batch), [letter])
-            until(lambda: count(connection, "transaction_record") == 6, "the free accounts' events are decided")
+            eventually(lambda: count(connection, "transaction_record") == 6, "the free accounts' events are decided")
             assert count(connection, "transaction_record", "user_id = 'bob'") == 0
             assert count(connection, "dead_letter") == 1
             ledger.next_report()
@@ -632,7 +620,7 @@ def test_a_refusal_that_is_to_be_prompt_is_none_after_standing_in_line(watched, 
     prompt = [delivery._replace(if_short=IfShort.REJECT_UNLESS_CONTENDED) for delivery in sent(burn("ann", 5, "b"))]
     with holding(owner, "ann"):
         late = background(ledger.settle, prompt)
-        until(lambda: waiting_for(owner, owner), "it stands in line")
+        eventually(lambda: waiting_for(owner, owner), "it stands in line")
         time.sleep(CONTENDED_AFTER_SECONDS)
     assert late.result(PATIENCE) == [Undecided(Decimal(0))]
     assert count(connection, "rejected_event") == 0
@@ -652,7 +640,7 @@ def test_a_frozen_worker_is_overcome_and_finds_its_way_back(watched, owner, url)
         try:
             with holding(owner, "bob"):
                 backend = int(process.stdout.readline())
-                until(lambda: waiting_for(owner, owner) == [backend], "it holds ann and waits for bob")
+                eventually(lambda: waiting_for(owner, owner) == [backend], "it holds ann and waits for bob")
                 os.kill(process.pid, signal.SIGSTOP)
             outcomes = ledger.begin(sent(*(accrual(user, 1, "k") for user in ("ann", "bob", "cid"))))
             assert told(outcomes.result(PATIENCE)) == ["applied #1: 0 → 1"] * 3
@@ -676,11 +664,11 @@ def test_a_worker_frozen_in_the_middle_of_a_copy_is_overcome(watched, owner, url
         frozen.execute("BEGIN")
         frozen.execute("SELECT FROM account WHERE user_id = 'ann' FOR UPDATE")
         frozen.pgconn.send_query(b"COPY accrual_record FROM STDIN")
-        [backend] = until(lambda: in_copy(owner), "it is in the middle of a COPY")
+        [backend] = eventually(lambda: in_copy(owner), "it is in the middle of a COPY")
         ledger = watched(lock_timeout=0.1, idle_in_transaction_timeout=3)
         with logged() as entries:
             outcomes = ledger.begin(sent(*(accrual(user, 1, "k") for user in ("ann", "cid"))))
-            until(lambda: count(owner, "transaction_record") == 1, "the account that is free goes first")
+            eventually(lambda: count(owner, "transaction_record") == 1, "the account that is free goes first")
             time.sleep(1.5)  # half of what a session that does nothing is given
             assert in_copy(owner) == [backend], "who is slow is not frozen yet"
             assert told(outcomes.result(PATIENCE)) == ["applied #1: 0 → 1"] * 2
@@ -707,7 +695,7 @@ def test_stop_interrupts_waiting_with_nothing_half_done(watched, owner):
     with a_read_only_database(owner):
         outcomes = ledger.begin(sent(*events(20)))
         report = ledger.next_report()
-        until(lambda: ledger.waits >= 6, "it waits for seconds between its tries")
+        eventually(lambda: ledger.waits >= 6, "it waits for seconds between its tries")
         ledger.stop.set()
         with pytest.raises(Interrupted, match="25006"):
             outcomes.result(PATIENCE)
@@ -722,7 +710,7 @@ def test_stop_after_a_part_was_decided_loses_nothing_and_repeats_nothing(watched
     batch = sent(accrual("ann", 1, "k"), accrual("bob", 1, "k"))
     with holding(owner, "bob"):
         outcomes = ledger.begin(batch)
-        until(lambda: count(connection, "transaction_record") == 1, "the free account's event is decided")
+        eventually(lambda: count(connection, "transaction_record") == 1, "the free account's event is decided")
         ledger.stop.set()
         with pytest.raises(Interrupted):
             outcomes.result(PATIENCE)

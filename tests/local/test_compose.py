@@ -28,7 +28,8 @@ from compose_spec import PyCompose
 
 from schema.events import Accrual
 from schema.publisher import Publisher
-from tests.kit.brokers import eventually, free_port
+from tests.kit.servers import free_port
+from tests.kit.wait import eventually
 from worker.local.embedded import PostgresServer, binaries, discard
 
 ROOT = Path(__file__).parents[2]
@@ -273,7 +274,7 @@ def test_every_service_runs_and_is_found_healthy(image, postgres, requires_progr
 
         def until_healthy(name):
             # Worker and Flower need a while to find each other; each try is a process of its own.
-            eventually(containers[name].healthy, 60)
+            eventually(containers[name].healthy)
 
         for name in ("postgres", "valkey"):
             start(name)
@@ -289,7 +290,7 @@ def test_every_service_runs_and_is_found_healthy(image, postgres, requires_progr
 
         with Publisher(f"redis://:{SECRETS['VALKEY_PASSWORD']}@127.0.0.1:{ports['6379']}/0") as tokens:
             tokens.publish(Accrual(user_id="alice", amount="12.5", idempotency_key="order-1", source="purchase"))
-        eventually(lambda: json.loads(get(url))["pagination"]["total"] == 1, 30)
+        eventually(lambda: json.loads(get(url))["pagination"]["total"] == 1)
         flower = f"http://127.0.0.1:{ports['5555']}/api/tasks"
         assert "tokens.accrue" in get(flower, user=f"operator:{SECRETS['FLOWER_PASSWORD']}")
         with pytest.raises(urllib.error.HTTPError, match="401"):

@@ -16,7 +16,8 @@ import psycopg
 import pytest
 import redis
 
-from tests.kit.brokers import Broker, eventually
+from tests.kit.servers import Broker
+from tests.kit.wait import eventually
 from worker import config
 from worker.config import ROOT
 from worker.local import embedded

@@ -17,7 +17,7 @@ import psutil
 import psycopg
 import pytest
 
-from tests.kit.brokers import free_port
+from tests.kit.servers import free_port
 from worker.listening import CannotListen, claim, listen
 from worker.processes import Child, Family
 from worker.read.supply import read_supply

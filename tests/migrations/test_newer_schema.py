@@ -13,8 +13,9 @@ import urllib.request
 
 import pytest
 
-from tests.kit.brokers import eventually, free_port
-from tests.kit.stage import Stage, accrual, burn
+from tests.kit.events import accrual, burn
+from tests.kit.servers import free_port
+from tests.kit.wait import eventually
 from worker.config import ROOT
 
 TOKENTRAIL = (sys.executable, "-m", "worker.cli")
@@ -72,13 +73,6 @@ def newer_code(tmp_path):
 
 
 @pytest.fixture
-def stage(database_url, broker_url, tmp_path):
-    stage = Stage(database_url, broker_url, tmp_path)
-    yield stage
-    stage.close()
-
-
-@pytest.fixture
 def environment(stage):
     return {**os.environ, "DATABASE_URL": stage.database_url, "BROKER_URL": stage.broker_url}
 
@@ -101,7 +95,7 @@ def said(folder, environment, *arguments):
 def test_workers_and_api_of_before_run_on_beside_a_schema_that_is_newer(stage, environment, newer_code, tmp_path):
     old, new = stage.start(burn_patience=0), stage.publisher
     new.publish_all([accrual("ann", 10, "a-1"), burn("ann", 1, "b-1")])
-    eventually(lambda: stage.balance("ann") == 9, 30)
+    eventually(lambda: stage.balance("ann") == 9)
 
     refused = "The schema is at 0002 and this code needs 0003: run `tokentrail migrate`."
     assert said(newer_code, environment, "worker") == (1, "", f"tokentrail: {refused}\n")
@@ -112,7 +106,7 @@ def test_workers_and_api_of_before_run_on_beside_a_schema_that_is_newer(stage, e
         [accrual("ann", 1, "a-2"), burn("ann", 2, "b-2"), burn("ann", 100, "b-3"), accrual("ann", 5, "a-2")]
     )
     new.publish_all([accrual("bob", 3, "a-1")])
-    eventually(lambda: stage.balance("bob") == 3 and stage.in_redis() == 0, 30)
+    eventually(lambda: stage.balance("bob") == 3 and stage.in_redis() == 0)
     assert stage.balance("ann") == 8
     assert [stage.count(table) for table in ("transaction_record", "rejected_event", "dead_letter")] == [5, 1, 1]
     old.send_signal(signal.SIGTERM)
@@ -124,7 +118,7 @@ def test_workers_and_api_of_before_run_on_beside_a_schema_that_is_newer(stage, e
         worker = subprocess.Popen([*TOKENTRAIL, "worker"], cwd=ROOT, env=environment, stdout=output, stderr=output)
     stage.workers.append(worker)
     new.publish_all([burn("bob", 1, "b-1"), accrual("cid", 4, "a-1")])
-    eventually(lambda: stage.balance("cid") == 4 and stage.balance("bob") == 2, 60)
+    eventually(lambda: stage.balance("cid") == 4 and stage.balance("bob") == 2)
     assert log.read_text().startswith(f"{NEWER}; deploy the newer code soon.\n")
     assert stage.broken() == []
 
@@ -162,7 +156,7 @@ def test_the_api_of_before_answers_beside_a_schema_that_is_newer_and_warns_once(
         except OSError:
             return None
 
-    eventually(lambda: status("/readyz") == 200 or api.poll() is not None, 60)
+    eventually(lambda: status("/readyz") == 200 or api.poll() is not None)
     assert [status("/readyz"), status("/api/account/transaction-history?userId=ann"), status("/readyz")] == [200] * 3
     assert log.read_text().count("the schema is newer than this code, answering from it") == 1
     assert log.read_text().count(f"{NEWER}; deploy the newer code soon.") == 1

@@ -11,8 +11,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.kit.brokers import eventually
-from tests.kit.stage import Stage, accrual, burn
+from tests.kit.events import accrual, burn
+from tests.kit.wait import eventually
 from worker.local.embedded.binaries import postgres_folder
 
 USERS = [f"user-{n}" for n in range(7)]
@@ -24,13 +24,6 @@ RECORDS = """
 """
 REJECTIONS = "SELECT user_id, number, idempotency_key, amount, reason FROM rejected_event ORDER BY user_id, number"
 HASHES = "SELECT user_id, hash FROM transaction_record UNION ALL SELECT user_id, hash FROM rejected_event"
-
-
-@pytest.fixture
-def stage(database_url, broker_url, tmp_path):
-    stage = Stage(database_url, broker_url, tmp_path)
-    yield stage
-    stage.close()
 
 
 @pytest.fixture
@@ -74,12 +67,12 @@ def test_after_an_older_backup_all_that_is_published_again_with_its_keys_counts_
     first, second, third = list(economy(0, 210)), list(economy(210, 420)), list(economy(420, 630))
     worker = stage.start(burn_patience=0)
     stage.publisher.publish_all(first)
-    eventually(lambda: decided(stage) == len(first), 30)
+    eventually(lambda: decided(stage) == len(first))
     with subprocess.Popen([program("pg_dump"), "--format=custom", f"--file={dump}", stage.database_url]) as backup:
         stage.publisher.publish_all(second)  # which of them it holds, nobody knows
         assert backup.wait(60) == 0
     stage.publisher.publish_all(third)
-    eventually(lambda: decided(stage) == 630 and stage.in_redis() == 0, 30)
+    eventually(lambda: decided(stage) == 630 and stage.in_redis() == 0)
     worker.send_signal(signal.SIGTERM)
     worker.wait(30)
     lost, records, rejections = stage.rows(BALANCES), stage.rows(RECORDS), stage.rows(REJECTIONS)
@@ -99,7 +92,7 @@ def test_after_an_older_backup_all_that_is_published_again_with_its_keys_counts_
 
     stage.start(burn_patience=0)
     stage.publisher.publish_all([*first, *second, *third])
-    eventually(lambda: decided(stage) == 630 and stage.in_redis() == 0, 30)
+    eventually(lambda: decided(stage) == 630 and stage.in_redis() == 0)
 
     assert stage.rows(BALANCES) == lost
     assert stage.rows(RECORDS) == records

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from tests.kit.catalog import catalog
-from tests.kit.stage import accrual, burn
+from tests.kit.events import accrual, burn
 from worker.cli import main
 from worker.cli.adoption import differences
 from worker.config import Settings, load_settings

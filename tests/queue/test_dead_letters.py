@@ -16,10 +16,12 @@ from celery import Celery
 from kombu.compression import compress
 
 from schema.reasons import DEAD_LETTER_REASONS
-from tests.kit.brokers import eventually, message
-from tests.kit.stage import Stage, Watcher, accrual, burn
+from tests.kit.events import accrual, burn
+from tests.kit.messages import message
+from tests.kit.stage import Stage, Watcher
+from tests.kit.wait import eventually
 
-FIELDS = {"user_id": "ann", "amount": "1", "idempotency_key": "k", "source": "test"}
+FIELDS = {"user_id": "ann", "amount": "1", "idempotency_key": "k", "source": "payroll"}
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +48,11 @@ def stage(servers, template, _logical_databases, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def watcher(stage):
-    watcher = Watcher(stage.broker_url)
-
-    def sees():
-        return watcher.types(stage.publisher.publish(accrual("nobody", 1, "to be seen")))
-
-    eventually(sees, 60)  # a subscription takes a moment
-    yield watcher
-    watcher.close()
+    with Watcher(stage.broker_url) as watcher:
+        eventually(  # a subscription takes a moment
+            lambda: watcher.types(stage.publisher.publish(accrual("nobody", 1, "seen"))), "the watcher receives events"
+        )
+        yield watcher
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ class Letters:
     def one(self, raw, task_id):
         """The only letter of the message, after Flower saw FAILURE with its sentence and Redis forgot the message."""
         self.push(raw)
-        eventually(lambda: "task-failed" in self._watcher.types(task_id), 30)
+        eventually(lambda: "task-failed" in self._watcher.types(task_id))
         (letter,) = self.of(task_id)
         assert self._watcher.types(task_id)[-1] == "task-failed"
         assert self._watcher.last(task_id, "exception") == f"dead letter ({letter[0]}): {letter[1]}"
@@ -203,7 +202,7 @@ def test_conflict_names_the_fields_that_differ_and_moves_nothing(stage, letters,
     letter = letters.one(raw, task_id)
 
     assert letter[0] == "conflict"
-    assert 'amount is 6, was 5; source is elsewhere, was test; metadata is {"a":1}, was absent' in letter[1]
+    assert 'amount is 6, was 5; source is elsewhere, was payroll; metadata is {"a":1}, was absent' in letter[1]
     assert letter[2:4] == (user, "k")
     assert stage.balance(user) == 5
 
@@ -313,7 +312,7 @@ def test_hostile_headers_neither_stop_the_worker_nor_lose_the_message(stage, let
     else:
         raw, _ = call(user, headers=headers)
     letters.push(raw)
-    eventually(lambda: stage.rows(decided) == [(before + 1,)], 20)
+    eventually(lambda: stage.rows(decided) == [(before + 1,)])
     eventually(lambda: stage.in_redis() == 0)
     assert stage.workers[0].poll() is None
     assert stage.rows(kept)
@@ -365,7 +364,7 @@ def test_letter_whose_commit_kills_the_database_connection_is_written_again_and_
         )
         raw, task_id = call(user, kwargs={"amount": "-1"})
         letters.push(raw)
-        eventually(lambda: "keeping messages" in stage.log(), 20)
+        eventually(lambda: "keeping messages" in stage.log())
         owner.execute("DROP TRIGGER die_after ON dead_letter")
-    eventually(lambda: len(letters.of(task_id)) == 1, 30)
+    eventually(lambda: len(letters.of(task_id)) == 1)
     eventually(lambda: stage.in_redis() == 0)

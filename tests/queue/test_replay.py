@@ -17,8 +17,9 @@ import redis
 from schema.events import parse_event
 from schema.messages import ACCRUE, APPLY_MANY, TYPES
 from schema.publisher import Publisher, PublishError
-from tests.kit.brokers import eventually
-from tests.kit.stage import Stage, accrual
+from tests.kit.events import accrual
+from tests.kit.stage import Stage
+from tests.kit.wait import eventually
 from worker import config
 from worker.cli import main
 from worker.config import Settings
@@ -460,31 +461,31 @@ def test_replay_of_many_letters_applies_each_once_whoever_is_killed(letters, dat
         small = stage.start(max_amount=1)
         for start in range(0, MANY, 500):
             stage.publisher.publish_bulk([accrual(f"user {n % 97}", 2, f"k{n}") for n in range(start, start + 500)])
-        eventually(lambda: stage.count("dead_letter") == MANY and stage.in_redis() == 0, 60)
+        eventually(lambda: stage.count("dead_letter") == MANY and stage.in_redis() == 0)
         small.send_signal(signal.SIGKILL)
         small.wait()
 
         command = [sys.executable, "-m", "worker.cli", "dead-letters", "replay", "--reason", "invalid_event"]
         environment = {**os.environ, "DATABASE_URL": database_url, "BROKER_URL": broker_url}
         first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        eventually(lambda: stage.redis.llen("tokens") >= MANY // 10, 60)
+        eventually(lambda: stage.redis.llen("tokens") >= MANY // 10)
         first.kill()
         first.wait()
         assert stage.redis.llen("tokens") < MANY
         victim = stage.start(visibility_timeout=1, batch_size=50)
-        eventually(lambda: stage.count("transaction_record") > 0, 60)
+        eventually(lambda: stage.count("transaction_record") > 0)
         victim.send_signal(signal.SIGKILL)
         victim.wait()
 
         stage.start(visibility_timeout=1, batch_size=50)
         again = [sys.executable, "-m", "worker.cli", "dead-letters", "replay", "--reason", "invalid_event", "--again"]
         second = subprocess.Popen(again, env=environment, stdout=subprocess.DEVNULL)
-        eventually(lambda: stage.count("transaction_record") > MANY // 3, 60)
+        eventually(lambda: stage.count("transaction_record") > MANY // 3)
         stage.workers[-1].send_signal(signal.SIGKILL)
         assert second.wait(60) == 0
         stage.start(visibility_timeout=1)
 
-        eventually(lambda: stage.count("transaction_record") == MANY and stage.in_redis() == 0, 60)
+        eventually(lambda: stage.count("transaction_record") == MANY and stage.in_redis() == 0)
         assert stage.rows("SELECT sum(balance) FROM account") == [(2 * MANY,)]
         assert stage.rows("SELECT DISTINCT state FROM dead_letter") == [("replayed",)]
         assert stage.count("dead_letter") == MANY

@@ -12,31 +12,18 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import psycopg
-import pytest
 from celery import Celery
 
 from schema.publisher import Publisher
-from tests.kit.brokers import Broker, Sentinel, cut_connections, eventually, free_port
-from tests.kit.stage import Stage, Watcher, accrual, burn
+from tests.kit.events import accrual, burn
+from tests.kit.servers import Broker, Sentinel, cut_connections, free_port
+from tests.kit.stage import Stage
+from tests.kit.wait import eventually
 from worker.ledger.apply import apply_batch
 from worker.ledger.deliveries import Delivery
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture
-def stage(database_url, broker_url, tmp_path) -> Iterator[Stage]:
-    stage = Stage(database_url, broker_url, tmp_path)
-    yield stage
-    stage.close()
-
-
-@pytest.fixture
-def watcher(broker_url) -> Iterator[Watcher]:
-    watcher = Watcher(broker_url)
-    yield watcher
-    watcher.close()
+    pass
 
 
 def test_each_single_event_shows_in_flower_with_arguments_success_and_its_result(stage, watcher):
@@ -110,7 +97,7 @@ def test_a_burn_ahead_of_its_accrual_waits_for_it(stage):
     time.sleep(0.5)
     assert stage.count("rejected_event") == 0, "nothing is written about a burn that waits"
     stage.publisher.publish(accrual("ann", 10, "a"))
-    eventually(lambda: stage.balance("ann") == 6, 5)
+    eventually(lambda: stage.balance("ann") == 6)
 
     assert stage.rows("SELECT sequence, type FROM transaction_record ORDER BY 1") == [(1, "accrual"), (2, "burn")]
     eventually(lambda: stage.in_redis() == 0)
@@ -127,9 +114,9 @@ def test_no_patience_passes_while_the_database_is_away(stage):
         eventually(lambda: "database not available" in stage.log())
         stage.publisher.publish(accrual("ann", 10, "a"))
         time.sleep(2)
-    eventually(lambda: stage.balance("bob") == 1, 20)
+    eventually(lambda: stage.balance("bob") == 1)
 
-    eventually(lambda: stage.balance("ann") == 6, 5)
+    eventually(lambda: stage.balance("ann") == 6)
     assert stage.count("rejected_event") == 0
 
 
@@ -160,7 +147,7 @@ def test_a_burn_hears_of_an_accrual_that_another_worker_applied(stage):
     with psycopg.connect(stage.database_url, autocommit=True) as connection:
         apply_batch(connection, [Delivery.of(accrual("ann", 10, "a"))], stripe=2)
 
-    eventually(lambda: stage.balance("ann") == 6, 5)
+    eventually(lambda: stage.balance("ann") == 6)
 
 
 def test_a_burn_without_accrual_is_refused_when_its_patience_is_over(stage):
@@ -180,7 +167,7 @@ def test_waiting_burns_do_not_keep_their_accruals_out(stage):
 
     stage.publisher.publish_all(burn(f"user-{n}", 1, "b") for n in range(1_500))
     stage.publisher.publish_all(accrual(f"user-{n}", 1, "a") for n in range(1_500))
-    eventually(lambda: stage.count("transaction_record") == 3_000, 30)
+    eventually(lambda: stage.count("transaction_record") == 3_000)
 
     assert stage.count("rejected_event") == 0
     eventually(lambda: stage.in_redis() == 0)
@@ -216,7 +203,7 @@ def test_an_account_that_somebody_keeps_locked_holds_up_its_own_events_and_no_ot
         time.sleep(2.5)  # some looks, none of which is to the worker's or the log's harm
         assert stage.redis.hlen("unacked") == 1_501
         assert stage.balance("ann") == 0
-    eventually(lambda: stage.balance("ann") == 1_501, 20)
+    eventually(lambda: stage.balance("ann") == 1_501)
 
     keys = [
         key
@@ -311,7 +298,7 @@ def test_no_patience_passes_while_a_batch_waits_and_nothing_more_can_be_fetched(
         assert stage.redis.llen("tokens") > 0, "its accrual is not fetched"
         stranger.rollback()
 
-    eventually(lambda: stage.balance("ann") == 6, 30)
+    eventually(lambda: stage.balance("ann") == 6)
     assert stage.count("rejected_event") == 0
 
 
@@ -346,11 +333,11 @@ def test_what_waits_for_a_locked_account_waits_once_however_often_it_is_delivere
         eventually(lambda: LOCKED in stage.log() and stage.redis.hlen("unacked") == 5_500)
         cut_connections(stage.redis)
         eventually(lambda: "Connection to broker lost" in stage.log())
-        eventually(lambda: stage.redis.hlen("unacked") == 5_500 and stage.redis.llen("tokens") == 0, 30)
+        eventually(lambda: stage.redis.hlen("unacked") == 5_500 and stage.redis.llen("tokens") == 0)
         with closing(Publisher(stage.broker_url)) as publisher:
             publisher.publish(accrual("bob", 1, "b"))
         eventually(lambda: stage.balance("bob") == 1)
-    eventually(lambda: stage.balance("ann") == 5_500, 30)
+    eventually(lambda: stage.balance("ann") == 5_500)
     eventually(lambda: stage.in_redis() == 0)
     assert stage.broken() == []
 
@@ -397,7 +384,7 @@ def test_many_events_share_few_transactions(stage):
     before = stage.rows("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()")[0][0]
 
     stage.start()
-    eventually(lambda: stage.count("transaction_record") == 2_000, 30)
+    eventually(lambda: stage.count("transaction_record") == 2_000)
     eventually(lambda: stage.in_redis() == 0)
     stage.workers[0].send_signal(signal.SIGTERM)  # what it counted is written when its session ends
     stage.workers[0].wait(30)
@@ -437,7 +424,7 @@ def test_of_many_bulk_messages_a_worker_takes_few_ahead_and_puts_them_back_in_or
     assert stage.count("transaction_record") == 500 * (messages - len(left))
     stage.start("-n", "another@test")
     stage.start()
-    eventually(lambda: stage.count("transaction_record") == 500 * messages, 60)
+    eventually(lambda: stage.count("transaction_record") == 500 * messages)
     eventually(lambda: stage.in_redis() == 0)
     assert stage.broken() == []
 
@@ -494,7 +481,7 @@ def test_a_worker_finds_its_broker_through_sentinel_by_the_same_url_as_a_publish
 
 def test_a_redis_that_takes_clients_and_refuses_writes_costs_a_worker_no_connections(database_url, tmp_path):
     """As one that was demoted behind its name does: a worker that leaves sockets behind uses up its connections."""
-    with Broker(tmp_path / "broker") as broker, closing(Stage(database_url, broker.url, tmp_path)) as stage:
+    with Broker(tmp_path / "broker") as broker, Stage(database_url, broker.url, tmp_path) as stage:
         stage.start()
         stage.redis.replicaof("127.0.0.1", free_port())
         eventually(lambda: "Connection to broker lost" in stage.log())
@@ -503,7 +490,7 @@ def test_a_redis_that_takes_clients_and_refuses_writes_costs_a_worker_no_connect
         stage.redis.replicaof("NO", "ONE")
 
         stage.publisher.publish(accrual("ann", 4, "a"))
-        eventually(lambda: stage.balance("ann") == 4, 20)
+        eventually(lambda: stage.balance("ann") == 4)
 
 
 def test_a_command_without_a_place_for_its_answer_costs_no_connection(stage):
@@ -554,7 +541,7 @@ def test_a_suspect_is_applied_though_redis_will_not_count_the_attempt(stage):
 
 def test_what_redis_does_not_take_back_from_a_stopped_worker_goes_to_another_later(database_url, tmp_path):
     """As one that lost its replicas, and was told to write nothing without them."""
-    with Broker(tmp_path / "broker") as broker, closing(Stage(database_url, broker.url, tmp_path)) as stage:
+    with Broker(tmp_path / "broker") as broker, Stage(database_url, broker.url, tmp_path) as stage:
         worker = stage.start(burn_patience=60)
         stage.publisher.publish(accrual("ann", 3, "a"))
         stage.publisher.publish(burn("ann", 4, "b"))
@@ -568,4 +555,4 @@ def test_what_redis_does_not_take_back_from_a_stopped_worker_goes_to_another_lat
 
         stage.publisher.publish(accrual("ann", 5, "a2"))
         stage.start(visibility_timeout=1)
-        eventually(lambda: stage.balance("ann") == 4, 20)
+        eventually(lambda: stage.balance("ann") == 4)

@@ -29,8 +29,8 @@ from structlog.testing import capture_logs
 
 from schema.canonical import read_json
 from schema.events import parse_event
-from tests.kit.brokers import eventually
 from tests.kit.proxy import OldPostgreSQL
+from tests.kit.wait import eventually
 from worker.config import Settings
 from worker.ledger.apply import apply_batch
 from worker.ledger.deliveries import Delivery

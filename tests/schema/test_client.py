@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.brokers import eventually
-from tests.kit.stage import Stage
+from tests.kit.wait import eventually
 from worker.config import ROOT
 
 APPLICATION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -44,13 +43,6 @@ except PublishError as error:
 
 
 @pytest.fixture
-def stage(database_url, broker_url, tmp_path):
-    stage = Stage(database_url, broker_url, tmp_path)
-    yield stage
-    stage.close()
-
-
-@pytest.fixture
 def metadata(producer):
     (text,) = (text for name, text in contents(producer.wheel).items() if name.endswith("/METADATA"))
     return message_from_string(text)
@@ -71,7 +63,7 @@ def test_what_another_project_publishes_is_applied_once(producer, stage):
     stage.start()
 
     assert producer.run(PROGRAM, stage.broker_url) == "2\n"
-    eventually(lambda: stage.count("transaction_record") == 2 and stage.in_redis() == 0, 30)
+    eventually(lambda: stage.count("transaction_record") == 2 and stage.in_redis() == 0)
 
     assert stage.balance("ann") == Decimal("12.499223")
     assert stage.count("dead_letter") == 0

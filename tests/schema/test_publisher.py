@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import time
 import uuid
 import zlib
@@ -18,9 +17,9 @@ from kombu import Connection
 from schema.canonical import read_json
 from schema.events import Accrual, Burn, event_json, parse_event
 from schema.publisher import MAX_BATCH, MAX_BYTES, Publisher, PublishError, bulks, connect
+from tests.kit.servers import Broker, Certificate, Sentinel, free_port
+from tests.kit.wait import eventually
 from worker.local.embedded import ValkeyServer
-from worker.local.embedded.binaries import valkey_program
-from worker.local.embedded.process import free_port
 from worker.queue.parsing import read_call
 
 
@@ -271,78 +270,39 @@ def test_wrong_password_is_told_without_showing_it(own_broker):
 
 
 def test_sentinel_url_finds_the_master(tmp_path):
-    master = ValkeyServer(tmp_path / "master", durable=False)
-    master.start()
-    port = free_port()
-    password = master.url.split(":")[2].partition("@")[0]
-    configuration = tmp_path / "sentinel.conf"
-    configuration.write_text(
-        f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nsentinel monitor tokens-master 127.0.0.1 {master.port} 1\n"
-        f"sentinel auth-pass tokens-master {password}\n"
-    )
-    with (tmp_path / "sentinel.log").open("w") as log:
-        sentinel = subprocess.Popen([valkey_program(), configuration, "--sentinel"], stdout=log, stderr=log)
-    try:
-        hosts = f"sentinel://127.0.0.1:{free_port()};sentinel://:{password}@127.0.0.1:{port}/0"
+    with Broker(tmp_path / "master", "--requirepass", "hush") as master, Sentinel(tmp_path / "sentinel") as sentinel:
+        sentinel.client.execute_command("SENTINEL", "MONITOR", "tokens-master", "127.0.0.1", master.port, 1)
+        sentinel.client.execute_command("SENTINEL", "SET", "tokens-master", "auth-pass", "hush")
+        hosts = f"sentinel://127.0.0.1:{free_port()};sentinel://:hush@127.0.0.1:{sentinel.port}/0"
         with pytest.raises(ValueError, match="master_name"):
             connect(hosts)
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                with Publisher(f"{hosts}?master_name=tokens-master", timeout=1) as publisher:
-                    publisher.publish_all([burn(1), burn(2)])
-                break
-            except PublishError:  # the sentinel is still starting
-                assert time.monotonic() < deadline
-        with redis.Redis.from_url(master.url) as client:
-            assert client.llen("tokens") >= 2
-    finally:
-        sentinel.kill()
-        sentinel.wait()
-        master.stop()
+        with Publisher(f"{hosts}?master_name=tokens-master", timeout=1) as publisher:
+            eventually(lambda: published(publisher, burn(1), burn(2)), "the sentinel knows the master")
+        assert master.client.llen("tokens") >= 2
+
+
+def published(publisher, *events):
+    try:
+        publisher.publish_all(events)
+    except PublishError:
+        return False
+    return True
 
 
 def test_tls_url_as_celery_writes_it_works(tmp_path, requires_program):
-    server_program, openssl = requires_program("redis-server"), requires_program("openssl")
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        [
-            *(openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    server_program = requires_program("redis-server")
+    certificate = Certificate.create(tmp_path, requires_program("openssl"))
     port = free_port()
-    server = subprocess.Popen(
-        [
-            *(server_program, "--bind", "127.0.0.1", "--port", "0", "--tls-port", str(port), "--save", ""),
-            *("--dir", tmp_path, "--tls-cert-file", certificate, "--tls-key-file", key),
-            *("--tls-ca-cert-file", certificate, "--tls-auth-clients", "no"),
-        ],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        url = f"rediss://127.0.0.1:{port}/0?ssl_cert_reqs=CERT_REQUIRED&ssl_ca_certs={certificate}"
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                with connect(url) as client:
-                    client.ping()
-                break
-            except redis.ConnectionError:
-                assert time.monotonic() < deadline
-        with Publisher(url) as publisher, connect(url) as client:
+    with Broker(tmp_path, *certificate.server_options(port), program=server_program) as broker:
+        url = f"rediss://127.0.0.1:{port}/0?ssl_cert_reqs=CERT_REQUIRED&ssl_ca_certs={certificate.certificate}"
+        with Publisher(url) as publisher:
             publisher.publish(burn())
-            assert client.llen("tokens") == 1
+        assert broker.client.llen("tokens") == 1
         with (
             Publisher(f"rediss://127.0.0.1:{port}/0", timeout=1) as publisher,
             pytest.raises(PublishError, match="certificate"),
         ):
             publisher.publish(burn())
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_bulks_lose_nothing_and_keep_the_order():

@@ -9,7 +9,7 @@ import sys
 import kombu
 import redis
 
-from tests.kit.brokers import queue_of
+from tests.kit.consumer import queue_of
 
 URL, TRANSPORT, TIMEOUT = sys.argv[1:]
 OPTIONS = {

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.brokers import Broker
+from tests.kit.servers import Broker
 
 HERE = Path(__file__).parent
 UNIT, LIVE = "t/unit/transport/test_redis.py", "t/integration/test_redis.py"

@@ -16,8 +16,11 @@ import redis
 from kombu.asynchronous import Hub
 
 from schema import messages
-from tests.kit.brokers import OURS, Broker, Sentinel, consuming, eventually, free_port, key, message, queue_of
+from tests.kit.consumer import OURS, consuming, queue_of
 from tests.kit.logs import logged
+from tests.kit.messages import key, message
+from tests.kit.servers import Broker, Certificate, Sentinel, free_port
+from tests.kit.wait import eventually
 from worker.transport.channel import SentinelTransport
 
 HERE = Path(__file__).parent
@@ -57,7 +60,7 @@ def test_nothing_is_lost_when_consumers_are_killed_at_any_instant(broker_url):
         print(f"{kills} kills, {client.scard('done')} done by then")
         assert kills > 3, "the machine was so fast that too few were killed with work in hand"
         with process(broker_url):
-            eventually(lambda: all_done(client, count), 60)
+            eventually(lambda: all_done(client, count))
 
 
 def test_a_frozen_consumer_loses_nothing_and_its_messages_are_restored(broker_url):
@@ -81,7 +84,7 @@ def freeze_with_a_message(consumer, client):
         consumer.send_signal(signal.SIGSTOP)
         client.lpush("tokens", message(number))
         with suppress(AssertionError):
-            eventually(lambda: client.hlen("unacked") == 1, 0.5)
+            eventually(lambda: client.hlen("unacked") == 1, seconds=0.5)
             return number
         consumer.send_signal(signal.SIGCONT)
     raise AssertionError("Redis never gave it a message")
@@ -105,7 +108,7 @@ def test_a_consumer_outlives_crashes_of_redis_and_loses_nothing(server_folder):
             broker.kill()
             time.sleep(0.2)
             broker.start()
-        eventually(lambda: all_done(broker.client, 900), 30)
+        eventually(lambda: all_done(broker.client, 900))
         assert consumer.poll() is None
 
 
@@ -240,28 +243,13 @@ def test_celerys_loop_gets_messages_of_every_list_and_survives_a_cut_connection(
 
 
 def test_it_works_over_tls(server_folder, requires_program):
-    program, openssl = requires_program("redis-server"), requires_program("openssl")
-    server_folder.mkdir(parents=True)
-    cert, secret = server_folder / "cert.pem", server_folder / "key.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    files = ["-keyout", str(secret), "-out", str(cert)]
-    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject, *files]
-    subprocess.run(command, check=True, capture_output=True)
+    program = requires_program("redis-server")
+    certificate = Certificate.create(server_folder, requires_program("openssl"))
     port = free_port()
-    tls = (
-        "--tls-port",
-        str(port),
-        "--tls-cert-file",
-        str(cert),
-        "--tls-key-file",
-        str(secret),
-        "--tls-auth-clients",
-        "no",
-    )
-    with Broker(server_folder, *tls, program=program) as broker:
+    with Broker(server_folder, *certificate.server_options(port), program=program) as broker:
         for step in (0, 3, 6, 9):
             broker.client.lpush(key("tokens", step), *map(message, range(200)))
-        ssl = {"ssl_ca_certs": str(cert), "ssl_cert_reqs": "required"}
+        ssl = {"ssl_ca_certs": str(certificate.certificate), "ssl_cert_reqs": "required"}
         url = f"rediss://127.0.0.1:{port}/0"
         with kombu.Connection(url, transport=OURS, ssl=ssl) as connection:
             got = []
@@ -278,7 +266,7 @@ def test_it_works_over_tls(server_folder, requires_program):
 def test_it_follows_a_failover_of_three_sentinels(tmp_path):
     with Broker(tmp_path / "master", *DURABLE) as master, Broker(tmp_path / "replica", *DURABLE) as replica:
         replica.client.replicaof("127.0.0.1", master.port)
-        eventually(lambda: replica.client.info("replication")["master_link_status"] == "up", 20)
+        eventually(lambda: replica.client.info("replication")["master_link_status"] == "up")
         with Sentinel(tmp_path / "s") as one, Sentinel(tmp_path / "s") as two, Sentinel(tmp_path / "s") as three:
             sentinels = (one, two, three)
             for each in sentinels:
@@ -286,9 +274,9 @@ def test_it_follows_a_failover_of_three_sentinels(tmp_path):
                 each.client.execute_command("SENTINEL", "SET", "tokens", "down-after-milliseconds", 500)
                 each.client.execute_command("SENTINEL", "SET", "tokens", "failover-timeout", 3000)
             eventually(
-                lambda: all(each.client.sentinel_master("tokens")["num-other-sentinels"] == 2 for each in sentinels), 20
+                lambda: all(each.client.sentinel_master("tokens")["num-other-sentinels"] == 2 for each in sentinels)
             )
-            eventually(lambda: all(each.client.sentinel_master("tokens")["num-slaves"] == 1 for each in sentinels), 20)
+            eventually(lambda: all(each.client.sentinel_master("tokens")["num-slaves"] == 1 for each in sentinels))
             url = ";".join(f"sentinel://127.0.0.1:{each.port}/0" for each in sentinels)
             options = {"master_name": "tokens", "socket_timeout": 2, "visibility_timeout": 2}
             options |= {"unacked_restore_interval": 0.2, "unacked_restore_throttle": 1}
@@ -310,7 +298,7 @@ def test_it_follows_a_failover_of_three_sentinels(tmp_path):
                                 if master.process.poll() is None:
                                     master.client.wait(1, 1000)
                                     master.kill()
-                                eventually(lambda: replica.client.info("replication")["role"] == "master", 30)
+                                eventually(lambda: replica.client.info("replication")["role"] == "master")
                                 replica.client.lpush("tokens", message(2))
                                 followed = True
                             connection.drain_events(timeout=1)

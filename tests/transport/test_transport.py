@@ -14,9 +14,11 @@ import pytest
 import redis
 
 from schema import messages
-from tests.kit.brokers import OURS, PRIORITY_STEPS, STOCK, consuming, eventually, key, message, queue_of
+from tests.kit.consumer import OURS, STOCK, consuming, queue_of
 from tests.kit.logs import logged
+from tests.kit.messages import PRIORITY_STEPS, key, message
 from tests.kit.proxy import Proxy
+from tests.kit.wait import eventually
 from worker.transport import envelope, register, scripts
 from worker.transport.channel import Channel, SentinelTransport, Transport
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.kit.brokers import Broker, eventually, free_port, message
+from tests.kit.messages import message
+from tests.kit.servers import Broker, free_port
+from tests.kit.wait import eventually
 
 HERE = Path(__file__).parent
 
@@ -38,7 +40,7 @@ def celery(url, *arguments, log=None):
 def worker(url, log, *more, name="one@host"):
     options = ["worker", "-P", "threads", "-c", "2", "-n", name, "-l", "INFO", *more]
     with log.open("ab") as file, celery(url, *options, log=file) as process:
-        eventually(lambda: f"{name} ready." in log.read_text(), 30)
+        eventually(lambda: f"{name} ready." in log.read_text())
         yield process
 
 
@@ -60,12 +62,12 @@ def test_workers_apply_answer_and_are_watched(broker_url, tmp_path):
         send(client, range(200))
         port = free_port()
         with worker(broker_url, tmp_path / "one"), worker(broker_url, tmp_path / "two", name="two@host"):
-            eventually(lambda: client.scard("done") == 200 and not client.exists("unacked", "tokens"), 30)
+            eventually(lambda: client.scard("done") == 200 and not client.exists("unacked", "tokens"))
             assert "sync with 1 nodes" in (tmp_path / "two").read_text(), "mingle found the first"
             assert inspect(broker_url, "ping").count("pong") == 2
             assert '"tokens"' in inspect(broker_url, "active_queues", "--json")
             with celery(broker_url, "flower", f"--port={port}", "--address=127.0.0.1", log=subprocess.DEVNULL):
-                eventually(lambda: "tokens" in page(f"http://127.0.0.1:{port}/broker"), 30)
+                eventually(lambda: "tokens" in page(f"http://127.0.0.1:{port}/broker"))
 
 
 def page(url):
@@ -80,7 +82,7 @@ def test_a_worker_that_is_terminated_leaves_nothing_unacknowledged(broker_url, t
     with redis.Redis.from_url(broker_url) as client:
         send(client, range(3000))
         with worker(broker_url, tmp_path / "log") as process:
-            eventually(lambda: client.scard("done") > 50, 30)
+            eventually(lambda: client.scard("done") > 50)
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
         assert client.exists("unacked", "unacked_index") == 0
@@ -98,10 +100,10 @@ def test_a_worker_outlives_crashes_of_redis(server_folder, tmp_path, lean):
     ):
         for start in (0, 500):
             send(broker.client, range(start, start + 500))
-            eventually(lambda start=start: broker.client.scard("done") > start + 20, 40)
+            eventually(lambda start=start: broker.client.scard("done") > start + 20)
             broker.kill()
             broker.start()
-        eventually(lambda: broker.client.scard("done") == 1000, 60)
-        eventually(lambda: not broker.client.exists("unacked", "tokens"), 30)
+        eventually(lambda: broker.client.scard("done") == 1000)
+        eventually(lambda: not broker.client.exists("unacked", "tokens"))
         assert process.poll() is None
         assert "Unrecoverable error" not in log.read_text()
