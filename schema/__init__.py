@@ -1,15 +1,16 @@
 """The shape of the data: what producers send, what tables hold, what the API answers.
 
     canonical.py  JSON as one exact text, numbers as Decimal
-    events.py     accruals and burns: what a producer may say
-    messages.py   the wire contract: task names, headers, limits
-    text.py       hostile text made fit for one line
-    reasons.py    the closed lists of why an event was not applied
-    tables.py     what PostgreSQL holds, constraints included
-    responses.py  what the read endpoint answers
+    events.py     accruals and burns, and the rules of their fields
+    messages.py   the wire contract: task names, headers, limits, the text of a Celery message
     publisher.py  how a Python producer sends events
-    urls.py       whether an address of a server can be read; how it is shown without its secrets
+    broker.py     a Redis client for the broker's URL
+    urls.py       the rules of a broker's URL, and URLs without their secrets
+    text.py       hostile text made fit for one line
+    reasons.py    the closed lists of reasons why an event is not applied
+    tables.py     what PostgreSQL holds, constraints included
+    responses.py  what the API answers
 
-Imports inside are relative and nothing here imports the worker, so that client/ can make of
-publisher.py, and what it imports, a small package for producers.
+Modules import each other relatively and never the worker, so that client/ can copy publisher.py, and what it
+imports, into a small package for producers.
 """

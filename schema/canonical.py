@@ -1,8 +1,8 @@
-"""JSON as one exact text: the form in which metadata is compared, hashed, stored and answered.
+"""Canonical JSON: the form in which metadata is compared, hashed, stored and returned by the API.
 
-One value has one text: keys sorted by code point, no spaces, numbers plain (no exponent, no trailing
-zeros, no -0), strings as they came (no Unicode normalisation). Numbers never pass through a binary
-float, so 0.1 stays 0.1 and 18 decimals stay 18.
+Each value has one text: keys sorted by code point, no spaces, plain numbers (no exponent, no trailing
+zeros, no -0), strings unchanged (no Unicode normalisation). Numbers never pass through a binary float,
+so 0.1 stays 0.1 and 18 decimals stay 18.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, Final, TypeAlias
 
 from .text import ascii_line, quote
 
-#: Powers of ten a number may reach either way; beyond, its plain text would be longer than any limit allows.
+#: The largest power of ten of a number, and the smallest below zero; beyond, its plain text would exceed every limit.
 MAX_EXPONENT: Final = 400
 
-#: Longest run of digits handed to int(): Python refuses 4,300 and more with an exception of its own.
+#: Longest run of digits that int() gets: Python raises ValueError beyond 4,300.
 _MAX_DIGITS: Final = MAX_EXPONENT + 2
-_LONG: Final = 10**_MAX_DIGITS
+_LONG_INTEGER: Final = 10**_MAX_DIGITS
 
 _quote: Final[Callable[[str], str]] = encode_basestring
 
 
 class NotCanonical(ValueError):
-    """A value has no canonical text; the message says where in the value, and why."""
+    """The value has no canonical text; the message names the place in the value, and the reason."""
 
 
 class JsonNumber(Decimal):
@@ -36,13 +36,13 @@ class JsonNumber(Decimal):
 
 
 class JsonText(str):
-    """A text that is JSON already, such as stored metadata: `write_json` puts it in as it is."""
+    """JSON text, such as stored metadata, that `write_json` copies unchanged."""
 
     __slots__ = ()
 
 
 class DuplicateKeys(dict[str, Any]):
-    """A JSON object in which `name` stood twice. Kept as a value so that only its own event is refused."""
+    """A JSON object in which the key `name` occurs twice: not an error, so that only its own event is refused."""
 
     name: str
 
@@ -50,9 +50,8 @@ class DuplicateKeys(dict[str, Any]):
 def read_json(text: str | bytes) -> Any:
     """The value of a JSON text, numbers exact.
 
-    Raises ValueError (or RecursionError) where the text is no JSON. What is JSON but not allowed (NaN,
-    duplicate keys) is returned as a value that `write_json` and the event models refuse at its place, so
-    that one bad event of many does not take the others with it.
+    Raises ValueError or RecursionError for text that is not JSON. NaN and duplicate keys become values that
+    `write_json` and the event models refuse, so that one bad event does not spoil the others of its message.
     """
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")
@@ -60,10 +59,10 @@ def read_json(text: str | bytes) -> Any:
 
 
 def write_json(value: object, *, max_depth: int = 64, sort_keys: bool = True) -> str:
-    """The canonical text of a value; without `sort_keys` as exact, but for a reader: keys in the order they came.
+    """The canonical text of a value; without `sort_keys` just as exact, with the keys in their own order, for a reader.
 
-    Raises NotCanonical where it has none: NaN, Infinity, an exponent beyond ±400, duplicate keys, a NUL or
-    a lone surrogate in a string, a key that is no string, nesting deeper than `max_depth`, kombu's type tags.
+    Raises NotCanonical for NaN, Infinity, an exponent beyond ±400, duplicate keys, a NUL or a lone surrogate
+    in a string, a key that is not a string, nesting deeper than `max_depth`, and kombu's type tags.
     """
     parts: list[str] = []
     _write(value, parts.append, sorted if sort_keys else list, max_depth, None)
@@ -90,22 +89,22 @@ def _read_fraction(text: str) -> JsonNumber:
 
 
 def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
     names = [name for name, _ in pairs]
-    marked = DuplicateKeys(found)
-    marked.name = next(name for i, name in enumerate(names) if name in names[:i])
-    return marked
+    duplicate = DuplicateKeys(value)
+    duplicate.name = next(name for i, name in enumerate(names) if name in names[:i])
+    return duplicate
 
 
-#: Made once: json.loads makes one for each text, which takes as long as reading a short one.
+#: Made once: json.loads makes a decoder for each text, which takes as long as reading a short text.
 _DECODER: Final = json.JSONDecoder(
     parse_float=_read_fraction, parse_int=_read_int, parse_constant=JsonNumber, object_pairs_hook=_read_object
 )
 
 
-#: Where in a value we are: the place around it, and its own name or index. Put into words only when something is wrong.
+#: A place in a value: the place of the object or list around it, and its own key or index. Only an error formats it.
 _Place: TypeAlias = tuple["_Place", str | int] | None
 
 
@@ -140,7 +139,7 @@ def _write(value: object, emit: Any, order: Any, depth: int, at: _Place) -> None
     elif value is False:
         emit("false")
     elif isinstance(value, int):
-        emit(_number(Decimal(value), at) if abs(value) >= _LONG else str(value))
+        emit(_number(Decimal(value), at) if abs(value) >= _LONG_INTEGER else str(value))
     elif isinstance(value, Decimal):
         emit(_number(value, at))
     elif isinstance(value, float):
@@ -180,7 +179,7 @@ def _number(number: Decimal, at: _Place) -> str:
 
 
 def _path(at: _Place) -> str:
-    """A place as a sentence names it: order.items[3], or `it` for the whole value."""
+    """The place as an error names it: order.items[3], or `it` for the whole value."""
     text = ""
     while at is not None:
         at, step = at

@@ -1,7 +1,7 @@
-"""What a producer may say: a user's account is funded (accrual), or a user's action spends tokens (burn).
+"""The events: an accrual funds a user's account, a burn spends tokens on an action of the user.
 
-The type carries the sign, never the amount; the idempotency key belongs to the producer, who sends the
-same one again when in doubt. Events only grow: a new field is optional and absent means what it meant before.
+The type carries the sign, never the amount. The producer chooses the idempotency key, and sends the event again
+under the same key when in doubt. Events only grow: a new field is optional, and its absence changes no meaning.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from .canonical import MAX_EXPONENT, DuplicateKeys, JsonNumber, NotCanonical, plain_number, write_json, write_text
 from .text import is_storable, quote
 
-MAX_EVENTS: Final = 1_000  # in one tokens.apply_many
-MAX_AMOUNT: Final = 10**12  # tokens; the default, a setting of the worker
+MAX_AMOUNT: Final = 10**12  # tokens; the default of the worker's setting
 MAX_METADATA_BYTES: Final = 16 * 1024  # of the canonical text, in UTF-8
 MAX_METADATA_DEPTH: Final = 8
 EARLIEST: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
 _AMOUNT = re.compile(r"[0-9]{1,20}(\.[0-9]{1,18})?", re.ASCII)
-#: Hours and minutes are bounded here: later Pythons take 24:00, and ours an offset of +05:60.
+#: Hours and minutes are bounded here: later Pythons accept 24:00, and 3.11 an offset of +05:60.
 _MOMENT = re.compile(
     r"\d{4}-\d\d-\d\d[Tt ]([01]\d|2[0-3]):\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]([01]\d|2[0-3]):[0-5]\d)", re.ASCII
 )
@@ -47,9 +46,9 @@ def _refuse(rule: str) -> PydanticCustomError:
 
 
 def _untagged(value: object, tag: str) -> object:
-    """What Celery's send_task makes of a Decimal or datetime: {"__type__": tag, "__value__": text}."""
+    """The text in what Celery's send_task makes of a Decimal or datetime: {"__type__": tag, "__value__": text}."""
     if isinstance(value, DuplicateKeys):
-        return value  # no tag of Celery's making
+        return value  # Celery writes no key twice
     if isinstance(value, dict) and value.keys() == {"__type__", "__value__"} and value["__type__"] == tag:
         return value["__value__"]
     return value
@@ -68,7 +67,7 @@ def _amount(value: object, info: ValidationInfo) -> Decimal:
 
 
 def _amount_text(value: object) -> str | None:
-    """The digits of an amount that is no string; None if it has none."""
+    """The digits of an amount that is not a string; None if it has none."""
     if isinstance(value, dict):
         value = _decimal_tag(value)
     if isinstance(value, bool | float | JsonNumber) and not _is_long_integer(value):
@@ -76,19 +75,19 @@ def _amount_text(value: object) -> str | None:
     if isinstance(value, Decimal):
         return _plain(value)
     if isinstance(value, int):
-        # An int this long cannot be an amount, and turning it into text would be slow or refused.
+        # An int this long exceeds every limit, and Python would be slow to print it, or refuse.
         return str(value) if -(10**40) < value < 10**40 else "9" * 41
     return None
 
 
 def _is_long_integer(value: object) -> bool:
-    """Whether this is a JSON integer of so many digits that `read_json` does not make an int of it."""
+    """Whether this is a JSON integer so long that `read_json` makes no int of it."""
     return isinstance(value, JsonNumber) and value.as_tuple().exponent == 0 and value.adjusted() >= MAX_EXPONENT
 
 
 def _decimal_tag(value: object) -> object:
     text = _untagged(value, "decimal")
-    # Decimal() takes underscores, other scripts' digits and huge exponents; a producer's str(Decimal) has none.
+    # Decimal() accepts underscores, digits of other scripts and huge exponents; str(Decimal) writes none of them.
     if isinstance(text, str) and re.fullmatch(r"[0-9.]{1,60}(E[+-]?[0-9]{1,3})?", text, re.ASCII):
         try:
             return Decimal(text)
@@ -126,8 +125,8 @@ def _metadata(value: object) -> str:
         raise _refuse("must be a JSON object")
     try:
         text = write_json(value, max_depth=MAX_METADATA_DEPTH)
-    except NotCanonical as no:
-        raise _refuse(f"must be plain JSON at most {MAX_METADATA_DEPTH} deep, but {no}") from None
+    except NotCanonical as error:
+        raise _refuse(f"must be plain JSON at most {MAX_METADATA_DEPTH} deep, but {error}") from None
     if len(text) > MAX_METADATA_BYTES or len(text.encode()) > MAX_METADATA_BYTES:
         raise _refuse(f"must be at most {MAX_METADATA_BYTES} bytes long as compact JSON")
     return text
@@ -162,14 +161,14 @@ Metadata: TypeAlias = Annotated[str, BeforeValidator(_metadata), WithJsonSchema(
 
 
 class _Event(BaseModel):
-    """What every event states: whose tokens, how many, and under which key."""
+    """The fields of both events."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     user_id: UserId
     amount: Amount
     idempotency_key: Label
-    occurred_at: Moment | None = None  # the producer's clock, in UTC; nobody fills it in
+    occurred_at: Moment | None = None  # the producer's clock, in UTC; the worker never fills it in
     metadata: Metadata | None = None  # canonical text of a JSON object
 
 
@@ -179,7 +178,7 @@ class Accrual(_Event):
     type: Literal["accrual"] = "accrual"
     source: Label
 
-    if TYPE_CHECKING:  # what may be given: the fields' own types are what it becomes
+    if TYPE_CHECKING:  # the types that a caller may pass; those of the fields are what validation makes of them
 
         def __init__(
             self,
@@ -193,18 +192,18 @@ class Accrual(_Event):
         ) -> None: ...
 
     @property
-    def what(self) -> str:
-        """Where the tokens come from."""
+    def purpose(self) -> str:
+        """The source: where the tokens come from."""
         return self.source
 
 
 class Burn(_Event):
-    """`action` of `user_id` spends `amount` tokens, if the account holds them."""
+    """`action` of `user_id` spends `amount` tokens, if the account of `user_id` holds them."""
 
     type: Literal["burn"] = "burn"
     action: Label
 
-    if TYPE_CHECKING:  # what may be given: the fields' own types are what it becomes
+    if TYPE_CHECKING:  # the types that a caller may pass; those of the fields are what validation makes of them
 
         def __init__(
             self,
@@ -218,8 +217,8 @@ class Burn(_Event):
         ) -> None: ...
 
     @property
-    def what(self) -> str:
-        """What the tokens are spent on."""
+    def purpose(self) -> str:
+        """The action: what the tokens are spent on."""
         return self.action
 
 
@@ -229,14 +228,14 @@ _MODELS: Final[dict[str, type[Accrual | Burn]]] = {"accrual": Accrual, "burn": B
 
 
 class InvalidEvent(ValueError):
-    """What was sent is no event; the message names field, value (shortened) and rule in one sentence."""
+    """The data is not an event; the message names field, value (shortened) and rule in one sentence."""
 
 
 def parse_event(data: object, *, type_: str | None = None, max_amount: int = MAX_AMOUNT) -> Event:
     """The event that `data` states.
 
-    `type_` is the type the task's name implies; None reads it from `data` itself.
-    Raises InvalidEvent; nothing else, whatever `data` is.
+    `type_` is the type that the task's name says; None reads it from `data`.
+    Raises InvalidEvent, and nothing else, whatever `data` is.
     """
     if not isinstance(data, Mapping):
         raise InvalidEvent(f"An event must be a JSON object, not {quote(data)}.")
@@ -245,57 +244,58 @@ def parse_event(data: object, *, type_: str | None = None, max_amount: int = MAX
     kind = data.get("type", type_)
     model = _MODELS.get(kind) if isinstance(kind, str) else None
     if model is None or (type_ is not None and kind != type_):
-        given = "missing" if kind is None and "type" not in data else quote(kind)
-        raise InvalidEvent(f"type is {given}: must be {quote(type_) if type_ else 'accrual or burn'}.")
+        shown = "missing" if kind is None and "type" not in data else quote(kind)
+        raise InvalidEvent(f"type is {shown}: must be {quote(type_) if type_ else 'accrual or burn'}.")
     try:
-        # What model_validate does, but for passing on five keyword arguments, which takes a sixth of its time.
+        # model_validate does the same and passes on five more arguments, which takes a sixth of its time.
         return model.__pydantic_validator__.validate_python(data, context={"max_amount": max_amount})  # type: ignore[no-any-return]
     except ValidationError as error:
         raise InvalidEvent(_sentence(error)) from None
 
 
-def event_json(event: Event) -> str:
-    """The event as a producer sends it: canonical JSON, but for metadata, which stands last; absent fields left out.
+def event_json(event: Event, *, with_type: bool = True) -> str:
+    """The event as JSON: canonical, but metadata stands last; absent fields are left out.
 
+    Without the type these are the keyword arguments of the event's task, whose name says the type.
     Raises NotCanonical for an event, made past its checks, that holds a NUL or a lone surrogate.
     """
-    # Spelled out, names in their order: `write_json` of a dict of them takes two to three times as long.
-    user, key = (
-        write_text(event.user_id, (None, "user_id")),
-        write_text(event.idempotency_key, (None, "idempotency_key")),
-    )
+    # Spelled out, keys in canonical order: `write_json` of a dict of them takes two to three times as long.
+    user_id = write_text(event.user_id, (None, "user_id"))
+    key = write_text(event.idempotency_key, (None, "idempotency_key"))
+    type_ = f'"type":"{event.type}",' if with_type else ""
+    action = source = occurred_at = metadata = ""
     if isinstance(event, Accrual):
-        action, source = "", f'"source":{write_text(event.source, (None, "source"))},'
+        source = f'"source":{write_text(event.source, (None, "source"))},'
     else:
-        action, source = f'"action":{write_text(event.action, (None, "action"))},', ""
-    moment = ""
+        action = f'"action":{write_text(event.action, (None, "action"))},'
     if event.occurred_at is not None:
-        moment = f'"occurred_at":"{event.occurred_at.isoformat().replace("+00:00", "Z")}",'
-    metadata = "" if event.metadata is None else f',"metadata":{event.metadata}'
+        occurred_at = f'"occurred_at":"{event.occurred_at.isoformat().replace("+00:00", "Z")}",'
+    if event.metadata is not None:
+        metadata = f',"metadata":{event.metadata}'
     return (
         f'{{{action}"amount":"{plain_number(event.amount)}","idempotency_key":{key},'
-        f'{moment}{source}"type":"{event.type}","user_id":{user}{metadata}}}'
+        f'{occurred_at}{source}{type_}"user_id":{user_id}{metadata}}}'
     )
 
 
 def _sentence(error: ValidationError) -> str:
-    found = []
+    clauses = []
     for item in error.errors(include_url=False)[:3]:
         field = ".".join(str(part) for part in item["loc"])
         match item["type"]:
             case "missing":
-                found.append(f"{field} is missing")
+                clauses.append(f"{field} is missing")
             case "extra_forbidden":
-                found.append(f"{quote(field)} is not a field of this event")
-            case _ if not field or item["type"] == "invalid_key":  # the name is what cannot be read
-                found.append(f"{quote(item['input'])} is not a field of this event")
+                clauses.append(f"{quote(field)} is not a field of this event")
+            case _ if not field or item["type"] == "invalid_key":  # the name itself is not text
+                clauses.append(f"{quote(item['input'])} is not a field of this event")
             case _:
-                found.append(f"{field} is {quote(item['input'])}: {_rule(item)}")
-    return "; ".join(found) + "."
+                clauses.append(f"{field} is {quote(item['input'])}: {_rule(item)}")
+    return "; ".join(clauses) + "."
 
 
 def _rule(item: ErrorDetails) -> str:
-    """The rule that was broken, in our words where pydantic has its own."""
+    """The broken rule, worded as the rules of this module where pydantic words it otherwise."""
     match item["type"]:
         case "string_type":
             return "must be a string"

@@ -1,111 +1,53 @@
-"""How a Python producer sends events: Celery messages written by hand onto the Redis list, without Celery.
+"""How a Python producer sends events: Celery messages, written onto the Redis list without Celery.
 
     with Publisher("redis://localhost:6379/0") as tokens:
         tokens.publish(Accrual(user_id="alice", amount="12.5", idempotency_key="order-4711", source="purchase"))
 
-What has returned is acknowledged by Redis. When something goes wrong PublishError says in one sentence what is
-known, and carries the events: publish them again with the same keys, twice is once.
+Redis has acknowledged whatever a call returned for. When a call fails, PublishError says in one sentence what is
+known, and carries the events: publish them again under the same keys, and each is still applied once.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import socket
 import uuid
 import zlib
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Self
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import TYPE_CHECKING, Final, Self
 
-import redis
-from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
-from redis.sentinel import Sentinel
 
+from .broker import connect, unusable
 from .canonical import plain_number
-from .events import MAX_EVENTS, Accrual, Event, event_json
-from .messages import ACCRUE, APPLY_MANY, BURN, DEFAULT_QUEUE
+from .events import Accrual, Event, event_json
+from .messages import ACCRUE, APPLY_MANY, BURN, DEFAULT_QUEUE, MAX_EVENTS, celery_message
 from .text import one_line_error
-from .urls import UNREADABLE, check_broker, public_address
+from .urls import public_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
-MAX_BATCH: Final = 500  # messages in one LPUSH
-MAX_BYTES: Final = 1 << 20  # of one message, and about of one LPUSH
-_REPR: Final = 200  # characters of arguments that Flower shows and searches
-_NO_CALLBACKS: Final = '{"callbacks":null,"errbacks":null,"chain":null,"chord":null}'
+MAX_PUSH_MESSAGES: Final = 500  # of one LPUSH
+MAX_PUSH_BYTES: Final = 1 << 20  # of one message, and about of one LPUSH
+_MAX_USERS_SHOWN: Final = 10  # of a bulk message, in Flower
+_NO_HEADERS: Final[Mapping[str, str | int]] = MappingProxyType({})
 
 
 class PublishError(Exception):
-    """Events were not published, or nobody knows; the message says which.
+    """Events were not published, or it is unknown whether they were; the message says which.
 
-    `events` are those of them that were handed over and not acknowledged, in order. Publishing all of them
-    again with the same keys is always right. `acknowledged` were before.
+    `events` are all that the call took and Redis did not acknowledge, in order. It is always safe to publish them
+    again under the same keys. `acknowledged` is the number of events that Redis acknowledged before.
     """
 
     def __init__(self, sentence: str, events: Sequence[Event], acknowledged: int = 0) -> None:
         super().__init__(sentence)
         self.events = tuple(events)
         self.acknowledged = acknowledged
-
-
-def connect(broker_url: str, *, master_name: str | None = None, timeout: float = 5.0) -> redis.Redis:
-    """A client for the URL that Celery uses too: redis://, rediss:// or sentinel://a:26379;sentinel://b:26379/0.
-
-    For Sentinel `master_name`, or ?master_name=… in the URL, names the master; user and password in the URL
-    are the master's. Connecting is tried four times, within `timeout` seconds each; a command never is.
-    Raises ValueError, which does not repeat the URL, when it cannot be understood. Nothing is sent yet.
-    """
-    check_broker(broker_url)
-    options: dict[str, Any] = {
-        "protocol": 2,  # no handshake beyond AUTH: the same on Redis and Valkey of any age
-        "socket_timeout": timeout,
-        "socket_connect_timeout": timeout,
-        "socket_keepalive": True,
-        "health_check_interval": 10,  # an idle connection is tried with PING before it is trusted with events
-        "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 3),
-    }
-    if broker_url.startswith("sentinel://"):
-        return _sentinel(broker_url, master_name, options)
-    # Celery writes ssl_cert_reqs=CERT_REQUIRED where redis-py writes required.
-    for level in ("required", "optional", "none"):
-        broker_url = broker_url.replace(f"ssl_cert_reqs=CERT_{level.upper()}", f"ssl_cert_reqs={level}")
-    client = redis.Redis.from_url(broker_url, **options)
-    pool = client.connection_pool
-    try:
-        pool.connection_class(**pool.connection_kwargs)  # not connected: does it know all that the URL asks for?
-    except TypeError:
-        raise ValueError(UNREADABLE) from None
-    return client
-
-
-def _sentinel(broker_url: str, master_name: str | None, options: dict[str, Any]) -> redis.Redis:
-    parts = [urlsplit(part) for part in broker_url.split(";")]
-    query = parse_qs(parts[-1].query)
-    master_name = master_name or query.get("master_name", [None])[0]
-    if master_name is None:
-        raise ValueError("a sentinel:// URL needs the master's name: add ?master_name=… to it")
-    owner = next((part for part in parts if part.password), parts[0])
-    # redis-py has no types for Sentinel.
-    sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        [(part.hostname or "localhost", part.port or 26379) for part in parts],
-        sentinel_kwargs={**options, "retry": Retry(ExponentialWithJitterBackoff(), 0)},  # the next one is the retry
-    )
-    master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
-        master_name,
-        db=int(parts[-1].path.strip("/") or 0),
-        username=unquote(owner.username) if owner.username else None,
-        password=unquote(owner.password) if owner.password else None,
-        **options,
-    )
-    return master
 
 
 class Publisher:
@@ -127,10 +69,10 @@ class Publisher:
         if lanes < 0:
             raise ValueError("lanes must not be negative.")
         self._redis = connect(broker_url, master_name=master_name, timeout=timeout)
-        self._server = public_address(broker_url)
+        self._address = public_address(broker_url)
         self._queue = queue
         self._lanes = lanes
-        self._origin = json.dumps(f"{os.getpid()}@{socket.gethostname()}")
+        self._origin = f"{os.getpid()}@{socket.gethostname()}"
 
     def __enter__(self) -> Self:
         return self
@@ -141,77 +83,75 @@ class Publisher:
         self.close()
 
     def close(self) -> None:
-        """Close the connections. Nothing is buffered, so nothing is lost."""
+        """Close the connections. A Publisher buffers nothing, so no event is lost."""
         self._redis.close()
 
     def publish(self, event: Event) -> str:
         """Send one event; returns the message's id, which is the task's id in Flower. Raises PublishError."""
         queue = self.queue_of(event)
-        message_id, message = self._message(event, queue)
+        message_id, message = self._message_of(event, queue)
         self._push(queue, [message], [event])
         return message_id
 
     def publish_all(self, events: Iterable[Event]) -> int:
-        """Send every event as a message of its own, in order for each user; returns how many.
+        """Send each event as a message of its own, in order for each user; returns how many.
 
-        They go in batches of at most 500 messages and about 1 MiB, each of which Redis takes entirely or
-        not at all. Raises PublishError at the first batch that is not acknowledged; its `events` are all that
-        were taken from the iterable and not acknowledged.
+        The messages go in batches of at most 500 and about 1 MiB; Redis takes a batch entirely or not at all.
+        Raises PublishError at the first batch that Redis does not acknowledge; its `events` are all that the call
+        took from the iterable and Redis did not acknowledge.
         """
-        return self._publish((event, None, {}) for event in events)
+        return self._publish((event, None, _NO_HEADERS) for event in events)
 
     def publish_named(self, events: Iterable[tuple[Event, str, Mapping[str, str | int]]]) -> int:
         """`publish_all` with a message id and further headers for each event.
 
-        For who must be able to publish the very same message again, as replaying a dead letter does.
+        A caller that may have to send the very same message again, such as a replay of dead letters, needs it.
         """
         return self._publish(events)
 
     def _publish(self, events: Iterable[tuple[Event, str | None, Mapping[str, str | int]]]) -> int:
-        batches: dict[str, _Batch] = {}
-        sent = 0
+        pending: dict[str, _Push] = {}  # of each queue
+        acknowledged = 0
 
-        def flush(queue: str) -> int:
-            batch = batches[queue]
+        def send(queue: str, push: _Push) -> None:
+            nonlocal acknowledged
             try:
-                self._push(queue, batch.messages, batch.events)
+                self._push(queue, push.messages, push.events)
             except PublishError as error:
-                waiting = [event for name, other in batches.items() if name != queue for event in other.events]
-                raise PublishError(str(error), [*batch.events, *waiting], sent) from error
-            del batches[queue]
-            return len(batch.events)
+                waiting = [event for other in pending.values() for event in other.events]
+                raise PublishError(str(error), [*push.events, *waiting], acknowledged) from error
+            acknowledged += len(push.events)
 
         for event, message_id, headers in events:
             queue = self.queue_of(event)
-            _, message = self._message(event, queue, message_id, headers)
-            batch = batches.get(queue)
-            if batch and (len(batch.events) == MAX_BATCH or batch.size + len(message) > MAX_BYTES):
-                sent += flush(queue)
-                batch = None
-            if batch is None:
-                batch = batches[queue] = _Batch()
-            batch.messages.append(message)
-            batch.events.append(event)
-            batch.size += len(message)
-        for queue in list(batches):
-            sent += flush(queue)
-        return sent
+            _, message = self._message_of(event, queue, message_id, headers)
+            push = pending.setdefault(queue, _Push())
+            if push.has_room_for(message):
+                push.add(event, message)
+                continue
+            pending[queue] = following = _Push()
+            following.add(event, message)  # before sending: should that fail, its error has this event too
+            send(queue, push)
+        for queue in list(pending):
+            send(queue, pending.pop(queue))
+        return acknowledged
 
     def publish_bulk(self, events: Sequence[Event]) -> str:
-        """Send 1 to 1,000 events as one message, which is never cut; returns its id.
+        """Send 1 to 1,000 events as one message; returns its id.
 
-        The events are decided in their order, all in one transaction but for burns that wait for an accrual, and each
-        has its own outcome. With lanes, events of different lanes go to the common queue. Raises PublishError, also for
-        more than 1,000 events or more than 1 MiB: see `bulks`.
+        The worker decides the events in their order, all in one transaction except for burns that it parks for an
+        accrual. Each event has its own outcome. With lanes, events of different lanes go to the common queue.
+        Raises PublishError, also for more than 1,000 events or more than 1 MiB: `bulks` cuts a list accordingly.
         """
         if not 1 <= len(events) <= MAX_EVENTS:
             raise PublishError(f"One message carries 1 to {MAX_EVENTS} events, not {len(events)}.", events)
         queues = {self.queue_of(event) for event in events}
         queue = queues.pop() if len(queues) == 1 else self._queue
         users = list(dict.fromkeys(event.user_id for event in events))
-        shown = {"events": f"{len(events)}, of {', '.join(users[:10])}{', …' if users[10:] else ''}"}
-        kwargs = f'{{"events":[{",".join(map(event_json, events))}]}}'
-        message_id, message = self._enveloped(APPLY_MANY, kwargs, repr(shown), queue)
+        more = ", …" if len(users) > _MAX_USERS_SHOWN else ""
+        shown = {"events": f"{len(events)}, of {', '.join(users[:_MAX_USERS_SHOWN])}{more}"}
+        arguments = f'{{"events":[{",".join(map(event_json, events))}]}}'
+        message_id, message = self._message(APPLY_MANY, arguments, shown, queue)
         self._push(queue, [message], events)
         return message_id
 
@@ -221,109 +161,111 @@ class Publisher:
             return self._queue
         return f"{self._queue}.{zlib.crc32(event.user_id.encode()) % self._lanes}"
 
-    def _message(
-        self, event: Event, queue: str, message_id: str | None = None, headers: Mapping[str, str | int] | None = None
+    def _message_of(
+        self, event: Event, queue: str, message_id: str | None = None, headers: Mapping[str, str | int] = _NO_HEADERS
     ) -> tuple[str, str]:
+        is_accrual = isinstance(event, Accrual)
         shown = {
             "user_id": event.user_id,
             "amount": plain_number(event.amount),
             "idempotency_key": event.idempotency_key,
-            "source" if isinstance(event, Accrual) else "action": event.what,
+            "source" if is_accrual else "action": event.purpose,
         }
-        task = ACCRUE if isinstance(event, Accrual) else BURN
-        # The task's name is the type. A quote inside a JSON string is escaped, so this text is the field itself
-        # and, metadata standing last, the event's own.
-        kwargs = event_json(event).replace(f',"type":"{event.type}"', "", 1)
-        return self._enveloped(task, kwargs, repr(shown), queue, message_id, headers or {})
+        task = ACCRUE if is_accrual else BURN
+        return self._message(task, event_json(event, with_type=False), shown, queue, message_id, headers)
 
-    def _enveloped(
+    def _message(
         self,
         task: str,
-        kwargs: str,
-        shown: str,
+        arguments: str,
+        shown: dict[str, str],
         queue: str,
         message_id: str | None = None,
-        headers: Mapping[str, str | int] = MappingProxyType({}),
+        headers: Mapping[str, str | int] = _NO_HEADERS,
     ) -> tuple[str, str]:
-        """Message id and text of a Celery message, protocol 2. `kwargs` is spliced: no number passes a float."""
-        # A tag is a message's name while it is unacknowledged. The id will do, unless the message may be sent again.
-        tag = str(uuid.uuid4())
-        message_id = message_id or tag
-        more = "".join(f",{json.dumps(name)}:{json.dumps(value)}" for name, value in headers.items())
-        body = base64.b64encode(f"[[],{kwargs},{_NO_CALLBACKS}]".encode()).decode()
-        if len(shown) > _REPR:
-            shown = f"{shown[: _REPR - 2]}…}}"
-        return message_id, (
-            f'{{"body":"{body}","content-encoding":"utf-8","content-type":"application/json","headers":{{'
-            f'"lang":"py","task":"{task}","id":"{message_id}","root_id":"{message_id}","parent_id":null,'
-            f'"group":null,"retries":0,"timelimit":[null,null],"eta":null,"expires":null,"ignore_result":true,'
-            f'"argsrepr":"()","kwargsrepr":{json.dumps(shown)},"origin":{self._origin}{more}}},'
-            f'"properties":{{"correlation_id":"{message_id}","reply_to":"","delivery_mode":2,'
-            f'"delivery_info":{{"exchange":"","routing_key":{json.dumps(queue)}}},"priority":0,'
-            f'"body_encoding":"base64","delivery_tag":"{tag}"}}}}'
+        """Id and text of a message."""
+        # kombu files a message in flight under its delivery tag, so a message that is sent twice needs two tags.
+        delivery_tag = str(uuid.uuid4())
+        message_id = message_id or delivery_tag
+        return message_id, celery_message(
+            task,
+            arguments,
+            arguments_shown=shown,
+            message_id=message_id,
+            delivery_tag=delivery_tag,
+            queue=queue,
+            origin=self._origin,
+            headers=headers,
         )
 
     def _push(self, queue: str, messages: Sequence[str], events: Sequence[Event]) -> None:
-        """Append to the queue, all or nothing. Connecting is retried, sending is not: it might have arrived."""
+        """Append to the queue, all or nothing. LPUSH is never sent twice: Redis may have taken the first."""
         pool = self._redis.connection_pool
         count = f"{len(events)} event{'s' if len(events) != 1 else ''}"
-        # Cutting by size leaves a message as long as this alone in its batch.
-        if len(messages[0]) > MAX_BYTES:
+        # A message longer than the limit is alone in its push, see _Push.
+        if len(messages[0]) > MAX_PUSH_BYTES:
             raise PublishError(
-                f"{count} make a message of {len(messages[0])} bytes, and at most {MAX_BYTES} are allowed:"
+                f"{count} make a message of {len(messages[0])} bytes, and at most {MAX_PUSH_BYTES} are allowed:"
                 " not published.",
                 events,
             )
         try:
             connection = pool.get_connection()
         except (RedisError, OSError) as error:
-            raise PublishError(f"{unreachable(self._server, error)[:-1]}: {count} not published.", events) from error
+            raise PublishError(f"{unusable(self._address, error)}: {count} not published.", events) from error
         try:
             connection.send_command("LPUSH", queue, *messages)  # type: ignore[no-untyped-call]
             connection.read_response()
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             connection.disconnect()  # type: ignore[no-untyped-call]
             raise PublishError(
-                f"The connection to Redis at {self._server} broke while {count} were sent ({one_line_error(error)}):"
+                f"The connection to Redis at {self._address} broke while {count} were sent ({one_line_error(error)}):"
                 " whether they arrived is unknown, so publish them again with the same keys.",
                 events,
             ) from error
         except RedisError as error:
             raise PublishError(
-                f"Redis at {self._server} refused the message ({one_line_error(error)}): {count} not published.", events
+                f"Redis at {self._address} refused the message ({one_line_error(error)}): {count} not published.",
+                events,
             ) from error
         except BaseException:
-            # An interrupt in between: the next command must not read the answer to this one.
+            # Ctrl-C before the reply is read: the next command on this connection must not take it for its own.
             connection.disconnect()  # type: ignore[no-untyped-call]
             raise
         finally:
             pool.release(connection)
 
 
-class _Batch:
+class _Push:
+    """The messages of one LPUSH, and their events."""
+
     __slots__ = ("events", "messages", "size")
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.messages: list[str] = []
-        self.size = 0  # characters, all of them ASCII
+        self.size = 0  # bytes: messages are ASCII
+
+    def has_room_for(self, message: str) -> bool:
+        """Whether the message fits; an empty push has room for a message of any length."""
+        return not self.events or (len(self.events) < MAX_PUSH_MESSAGES and self.size + len(message) <= MAX_PUSH_BYTES)
+
+    def add(self, event: Event, message: str) -> None:
+        self.events.append(event)
+        self.messages.append(message)
+        self.size += len(message)
 
 
 def bulks(events: Iterable[Event], count: int = 500) -> Iterator[list[Event]]:
-    """The events cut into runs that `publish_bulk` takes: at most `count` events and half of what it allows."""
-    run: list[Event] = []
-    size = 0
+    """The events in lists that `publish_bulk` takes: each of at most `count` events and half of its limit of bytes."""
+    bulk: list[Event] = []
+    size = 0  # bytes
     for event in events:
         length = len(event_json(event).encode())
-        if run and (len(run) == min(count, MAX_EVENTS) or size + length > MAX_BYTES // 2):  # base64 adds a third
-            yield run
-            run, size = [], 0
-        run.append(event)
+        if bulk and (len(bulk) == min(count, MAX_EVENTS) or size + length > MAX_PUSH_BYTES // 2):  # base64 adds a third
+            yield bulk
+            bulk, size = [], 0
+        bulk.append(event)
         size += length
-    if run:
-        yield run
-
-
-def unreachable(server: str, error: Exception) -> str:
-    """One sentence for a Redis that is away or does not let us in."""
-    return f"Redis at {server} cannot be used ({one_line_error(error)})."
+    if bulk:
+        yield bulk

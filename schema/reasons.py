@@ -1,14 +1,14 @@
-"""The closed lists of why an event was not applied. The codes are stored and matched on: they only grow."""
+"""The closed lists of reasons why an event is not applied. Codes are stored and matched on: the lists only grow."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final, Literal, TypeAlias, get_args
 
-#: Why an event is refused for good; the order of `worker.ledger.rules`.
+#: Why an event is rejected, in the order of `worker.ledger.rules`.
 RejectionReason: TypeAlias = Literal["insufficient_tokens", "balance_limit"]
 
-#: Why a message has no outcome.
+#: Why an event has no outcome but a dead letter.
 DeadLetterReason: TypeAlias = Literal[
     "unknown_task",
     "undecodable",
@@ -27,16 +27,16 @@ DeadLetterReason: TypeAlias = Literal[
 REJECTION_REASONS: Final[tuple[RejectionReason, ...]] = get_args(RejectionReason)
 
 DEAD_LETTER_REASONS: Final[Mapping[DeadLetterReason, str]] = {
-    "unknown_task": "No task of ours has this name.",
+    "unknown_task": "The worker has no task of this name.",
     "undecodable": "The body, its content type or its encoding cannot be read.",
-    "invalid_arguments": "The task was called with other arguments than it has.",
+    "invalid_arguments": "The arguments are not those that the task takes.",
     "invalid_event": "A field of the event breaks its rule.",
-    "conflict": "The idempotency key stands for another event already.",
+    "conflict": "The idempotency key belongs to another event already.",
     "refused_by_database": "PostgreSQL refused this event alone (SQLSTATE class 22, class 23, or 54001).",
-    "internal_error": "Our own code failed on this event alone: a bug to report, and to replay once mended.",
-    "poison": "Workers died again and again while they had this message in hand and nothing else.",
-    "oversized": "The message is larger than one may be.",
+    "internal_error": "The worker failed on this event alone: report the bug, and replay the event once it is fixed.",
+    "poison": "Workers died again and again while this was their only message in flight.",
+    "oversized": "The message is larger than the limit.",
     "revoked": "The task was revoked before it was decided.",
-    "expired": "The message's time to be decided (expires) was over.",
-    "scheduled": "The message has an eta or countdown, and the ledger does not wait by the clock.",
+    "expired": "The message expired (expires) before it was decided.",
+    "scheduled": "The message has an eta or countdown, and workers apply events at once.",
 }

@@ -1,4 +1,4 @@
-"""Addresses of servers: whether a broker's can be read, and how one is shown without what is secret in it."""
+"""URLs of servers: the rules of a broker's URL, and URLs without their secrets."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from urllib.parse import urlsplit
 
 SCHEMES: Final = ("redis", "rediss", "sentinel")
 
-#: What to say of an address that cannot be read. Nothing of it is repeated: any part of it may be the password's.
+#: The message for a URL that cannot be read. It repeats nothing of the URL: any part of it may belong to the password.
 UNREADABLE: Final = (
     "it cannot be read as an address: check its port, its database and its options, and write what is special in a"
     " password as %25 for %, %2F for /, %3F for ?, %23 for #, %40 for @, %3A for :, %3B for ;, %5B for [, %5D for ] and"
     " %20 for a space"
 )
 
-#: What no address holds as it is. urlsplit and libpq drop or keep some of it, and a line break breaks a line of output.
+#: Blanks and control characters. urlsplit and libpq drop some of them, and a line break breaks a line of output.
 BLANK: Final = re.compile(r"[\x00-\x20\x7f]")
 
 
 def check_broker(url: str) -> None:
-    """Raise ValueError unless `url` can be read; what it says repeats nothing of the URL."""
+    """Raise ValueError, whose message repeats nothing of the URL, unless `url` can be read."""
     if not url.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
         raise ValueError("must start with redis://, rediss:// or sentinel://")
-    for part in url.split(";"):  # kombu cuts there too, whatever follows
+    for part in url.split(";"):  # as kombu does
         try:
             parts = urlsplit(part)
             _ = parts.port
@@ -42,18 +42,18 @@ def check_broker(url: str) -> None:
 
 
 def public_address(url: str) -> str:
-    """The address of brokers without user, password and options, fit for a log: host:6379/0."""
+    """A broker's URL without user, password and options, for logs and errors: host:6379/0."""
     parts = [part.partition("://")[2].partition("?")[0] for part in url.split(";")]
     return ";".join(part.rpartition("@")[2] for part in parts)
 
 
 def mask_secrets(url: str, mask: str) -> str:
-    """An address of any server with `mask` for its password, and for its options where these may hold a secret."""
+    """Any server's URL with `mask` instead of its password, and of its options where these may hold a secret."""
     return ";".join(_mask_one(part, mask) for part in re.split(r";(?=\w+://)", url))
 
 
 def _mask_one(url: str, mask: str) -> str:
-    # To the last @: whatever the password holds is before that.
+    # Up to the last @: a password may hold others.
     url = re.sub(
         r"://(?:([^:@/]*)(:))?.*@", lambda match: f"://{match[1] or ''}{match[2] or ''}{mask}@", url, flags=re.DOTALL
     )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from redis.exceptions import RedisError, ResponseError
 
-from schema.publisher import connect as connect_broker
-from schema.publisher import unreachable
+from schema.broker import connect as connect_broker
+from schema.broker import unusable
 from schema.text import one_line_error
 from schema.urls import public_address
 from worker.config import ConfigError
@@ -84,7 +84,7 @@ def _broker(url: str) -> Iterator[str]:
             yield from _durability(where, found, broker)
     except (RedisError, OSError) as error:
         raise NotReady(
-            f"{unreachable(public_address(url), error)[:-1]}: check that it runs, and that BROKER_URL is right."
+            f"{unusable(public_address(url), error)}: check that it runs, and that BROKER_URL is right."
         ) from error
     except ValueError as error:
         raise ConfigError(f"BROKER_URL is not usable: {error}.") from error

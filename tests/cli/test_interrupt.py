@@ -16,9 +16,9 @@ import pytest
 from psycopg.pq import TransactionStatus
 from psycopg.waiting import Wait
 
+from schema.broker import connect
 from schema.events import event_json
 from schema.messages import ACCRUE
-from schema.publisher import connect
 from tests.kit.events import accrual
 from tests.kit.servers import Broker
 from tests.kit.wait import eventually

@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
+from schema.broker import connect
 from schema.events import Accrual
-from schema.publisher import Publisher, connect
+from schema.publisher import Publisher
 from schema.urls import UNREADABLE, mask_secrets
 from tests.kit.proxy import OldPostgreSQL, OldRedis
 from tests.kit.servers import Broker, free_port

@@ -13,7 +13,8 @@ import psycopg
 from celery import Celery
 from celery.events import EventReceiver
 
-from schema.publisher import Publisher, connect
+from schema.broker import connect
+from schema.publisher import Publisher
 from tests.kit.wait import eventually
 from worker.cli.worker import CELERY
 from worker.config import ROOT

@@ -21,7 +21,7 @@ from tests.kit.wait import eventually
 from worker.config import ROOT
 
 APPLICATION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-MODULES = {"urls", "canonical", "events", "messages", "publisher", "text"}
+MODULES = {"broker", "urls", "canonical", "events", "messages", "publisher", "text"}
 
 #: A program of another project. It ends with an error where this repository is in reach.
 PROGRAM = """

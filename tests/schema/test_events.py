@@ -37,7 +37,7 @@ def test_an_event_is_what_was_sent():
     assert event == Burn(
         **FIELDS | {"amount": "12.5", "occurred_at": event.occurred_at, "metadata": {"a": [True, None], "b": 1}}
     )
-    assert (event.type, event.user_id, event.idempotency_key, event.what) == ("burn", "ann", "k", "render")
+    assert (event.type, event.user_id, event.idempotency_key, event.purpose) == ("burn", "ann", "k", "render")
     assert event.amount == Decimal("12.5")
     assert event.occurred_at == datetime(2026, 1, 31, 11, 0, 0, 500_000, tzinfo=UTC)
     assert event.metadata == '{"a":[true,null],"b":1}'

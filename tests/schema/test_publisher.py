@@ -14,9 +14,10 @@ import pytest
 import redis
 from kombu import Connection
 
+from schema.broker import connect
 from schema.canonical import read_json
 from schema.events import Accrual, Burn, event_json, parse_event
-from schema.publisher import MAX_BATCH, MAX_BYTES, Publisher, PublishError, bulks, connect
+from schema.publisher import MAX_PUSH_BYTES, MAX_PUSH_MESSAGES, Publisher, PublishError, bulks
 from tests.kit.servers import Broker, Certificate, Sentinel, free_port
 from tests.kit.wait import eventually
 from worker.local.embedded import ValkeyServer
@@ -124,7 +125,7 @@ def test_arguments_shown_in_flower_are_filled_and_short(broker_url, client):
 
 
 def test_events_keep_their_order_across_batches(broker_url, client):
-    sent = [burn(n) for n in range(2 * MAX_BATCH + 1)]
+    sent = [burn(n) for n in range(2 * MAX_PUSH_MESSAGES + 1)]
     with Publisher(broker_url) as publisher:
         assert publisher.publish_all(iter(sent)) == len(sent)
 
@@ -187,7 +188,7 @@ def test_bulk_of_too_few_or_too_many_events_is_refused(broker_url, client, count
 def test_message_of_more_than_a_mebibyte_is_refused(broker_url, client):
     events = [burn(n, metadata={"text": "x" * 16_000}) for n in range(60)]
     with Publisher(broker_url) as publisher:
-        with pytest.raises(PublishError, match=f"at most {MAX_BYTES} are allowed: not published") as raised:
+        with pytest.raises(PublishError, match=f"at most {MAX_PUSH_BYTES} are allowed: not published") as raised:
             publisher.publish_bulk(events)
         assert raised.value.events == tuple(events)
         assert client.llen("tokens") == 0
@@ -212,15 +213,26 @@ def test_redis_that_is_away_is_one_sentence_and_all_events_back():
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_every_event_taken_from_the_iterable_comes_back_with_the_error(lanes):
+    """Also the one that found its batch full, and those that wait for another lane."""
+    left = (burn(n, user_id=f"user-{n}") for n in range(2 * MAX_PUSH_MESSAGES))
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    with Publisher(url, timeout=0.5, lanes=lanes) as publisher, pytest.raises(PublishError) as raised:
+        publisher.publish_all(left)
+    keys = [event.idempotency_key for event in [*raised.value.events, *left]]
+    assert sorted(keys) == sorted(f"call-{n}" for n in range(2 * MAX_PUSH_MESSAGES))
+
+
 def test_events_whose_fate_is_unknown_come_back_and_the_acknowledged_do_not(own_broker):
     """Redis takes the second batch and does not say so in time: the producer must not believe either."""
     broker_url, client = own_broker
-    events = [burn(n) for n in range(MAX_BATCH + 100)]
+    events = [burn(n) for n in range(MAX_PUSH_MESSAGES + 100)]
 
     def until_redis_hangs():
-        yield from events[: MAX_BATCH + 50]
+        yield from events[: MAX_PUSH_MESSAGES + 50]
         client.client_pause(60_000, all=False)
-        yield from events[MAX_BATCH + 50 :]
+        yield from events[MAX_PUSH_MESSAGES + 50 :]
 
     with (
         Publisher(broker_url, timeout=0.3) as publisher,
@@ -230,12 +242,12 @@ def test_events_whose_fate_is_unknown_come_back_and_the_acknowledged_do_not(own_
     ):
         publisher.publish_all(until_redis_hangs())
     client.client_unpause()
-    assert raised.value.events == tuple(events[MAX_BATCH:])
-    assert raised.value.acknowledged == MAX_BATCH
+    assert raised.value.events == tuple(events[MAX_PUSH_MESSAGES:])
+    assert raised.value.acknowledged == MAX_PUSH_MESSAGES
     deadline = time.monotonic() + 10
-    while client.llen("tokens") not in {MAX_BATCH, len(events)} and time.monotonic() < deadline:
+    while client.llen("tokens") not in {MAX_PUSH_MESSAGES, len(events)} and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert client.llen("tokens") in {MAX_BATCH, len(events)}  # entirely or not at all
+    assert client.llen("tokens") in {MAX_PUSH_MESSAGES, len(events)}  # entirely or not at all
 
     with Publisher(broker_url) as publisher:
         publisher.publish_all(raised.value.events)
@@ -310,4 +322,4 @@ def test_bulks_lose_nothing_and_keep_the_order():
     runs = list(bulks(events))
     assert [len(run) for run in runs] == [500, 500, 201]
     assert [event for run in runs for event in run] == events
-    assert all(len(event_json(event)) < MAX_BYTES for event in events)
+    assert all(len(event_json(event)) < MAX_PUSH_BYTES for event in events)

@@ -30,7 +30,7 @@ def payload_hash(event: Event) -> bytes:
     An absent field is left out, so that a field added later changes no hash of events without it.
     """
     kind = "source" if isinstance(event, Accrual) else "action"
-    content = [event.type, event.user_id, money(event.amount), kind, event.what]
+    content = [event.type, event.user_id, money(event.amount), kind, event.purpose]
     if event.metadata is not None:
         content += ("metadata", event.metadata)
     if event.occurred_at is not None:
@@ -86,7 +86,7 @@ def _of_event(event: Event, number: int, amount: str) -> tuple[str | None, ...]:
         event.idempotency_key,
         event.type,
         amount,
-        event.what,
+        event.purpose,
         event.metadata,
         occurred_at,
     )

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from schema.canonical import DuplicateKeys, NotCanonical, read_json, write_json
-from schema.events import MAX_EVENTS, InvalidEvent, parse_event
-from schema.messages import APPLY_MANY, MAX_BODY_BYTES, TYPES
+from schema.events import InvalidEvent, parse_event
+from schema.messages import APPLY_MANY, MAX_BODY_BYTES, MAX_EVENTS, TYPES
 from schema.reasons import DeadLetterReason
 from schema.text import is_storable, quote
 from worker.ledger.dead_letters import MAX_TOKENS, NewDeadLetter
