@@ -120,7 +120,7 @@ def away_and_back(ground, books, worker, leave, come_back):
     print(f"{held} messages in hand, {queued} left in the queue during the outage")
     assert held > 0, "it has let go of what it had in hand"
     assert queued >= 1000, "it goes on fetching what it cannot decide"
-    assert worker.said("no sign of life") == 0, "it has let its claim lapse"
+    assert worker.said("their worker sent no heartbeat") == 0, "another worker's heartbeats have stopped"
     come_back()
     ground.drain(books).assert_nothing_lost("PostgreSQL was away")
     assert worker.alive

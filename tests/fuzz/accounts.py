@@ -13,7 +13,7 @@ import structlog
 from worker.config import Settings
 from worker.ledger.dead_letters import NewDeadLetter
 from worker.queue.intake import Intake
-from worker.transport.fetching import Fetched, Source
+from worker.transport.scripts import Fetched, QueueList
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +51,7 @@ class Accounts:
                 self._enter(raw)
 
     def _enter(self, raw: bytes) -> None:
-        fetched = Fetched(Source("tokens", "tokens", "]"), "a-tag", raw, 0, 0)
+        fetched = Fetched(QueueList("tokens", "tokens", "]"), "a-tag", raw, 0, 0)
         work = self._intake.read(self._channel._message(fetched)).work
         assert work.outcomes, "a message without an event would vanish"
         self.messages += 1

@@ -121,7 +121,7 @@ def test_an_acknowledgement_survives_a_crash_of_redis(server_folder):
             first.ack()  # the commit is done, Redis cannot know
             with pytest.raises(consumer.connection.connection_errors):
                 consumer.drain(1)
-            assert len(consumer.channel.owed) >= 1
+            assert len(consumer.channel.pending) >= 1
         broker.start()
         with consuming(broker.url) as consumer:
             consumer.turn()
@@ -158,8 +158,8 @@ def test_closing_without_a_broker_raises_nothing_and_says_what_happens_next(serv
         channel._qos.restore_unacked_once()
         broker.start()
         assert broker.client.hlen("unacked") == 1
-    said = "Could not put … unacknowledged messages back (…): they go with the next connection, else in … s."
-    assert [number for number, *_ in logged(caplog.messages, said)] == ["1"]
+    event = "Could not requeue … unacknowledged messages (…): they are requeued with the next connection, or …."
+    assert [number for number, *_ in logged(caplog.messages, event)] == ["1"]
 
 
 @pytest.mark.parametrize("with_loop", [True, False])
@@ -193,7 +193,7 @@ def test_a_worker_that_starts_while_redis_is_full_drains_it_and_tells(server_fol
             got = []
             kombu.Consumer(connection.channel(), [queue], on_message=got.append).consume()
             eventually(lambda: connection.drain_events(timeout=5) or got)
-        (said,) = logged(caplog.messages, "Redis is full: … is consumed without a note of its binding (…).")
+        (said,) = logged(caplog.messages, "Redis is full: consuming … without storing its binding (…).")
         assert said[0] == "tokens"
 
 
@@ -204,11 +204,11 @@ def test_what_redis_refuses_is_tried_again_and_told(broker_url, caplog):
         consumer.drain(0.5)
         assert consumer.messages == []
         assert client.llen("tokens") == 1
-        assert "WRONGTYPE" in consumer.channel.refusal
-        assert len(logged(caplog.messages, "Redis refuses its part, the worker tries again every second: …")) == 1
+        assert "WRONGTYPE" in consumer.channel.fetcher.refusal
+        assert len(logged(caplog.messages, "Redis rejects the worker's commands; retrying every second: …")) == 1
         client.delete("unacked")
         consumer.drain_until(1)
-        assert consumer.channel.refusal is None
+        assert consumer.channel.fetcher.refusal is None
 
 
 def test_scripts_that_redis_forgot_are_loaded_again(broker_url):
@@ -258,7 +258,7 @@ def test_it_works_over_tls(server_folder, requires_program):
                     connection.drain_events(timeout=5)
                 for each in got[:-1]:
                     each.ack()
-                consumer.channel.settle()
+                consumer.channel.flush_pending()
         assert broker.client.llen("tokens\x06\x169") == 1
         assert broker.client.dbsize() == 1
 

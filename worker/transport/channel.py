@@ -1,9 +1,9 @@
-"""From a Redis list to a Celery consumer without a gap: popped and recorded as unacknowledged in one step.
+"""From a Redis list to a Celery consumer without a gap: fetched, and recorded as unacknowledged, in one step.
 
-A small subclass of kombu's Redis transport, with the same keys: workers with ours and with kombu's can share a queue.
-What differs is how messages leave the lists (`fetching.py`), how they are acknowledged and put back (`unacked.py`), and
-that neither bytes in a list nor a restart of Redis can end the worker. tests/transport/test_contract.py names every
-private member of kombu that this leans on. `register()` makes it what redis://, rediss:// and sentinel:// mean.
+This is kombu's Redis transport, with the same keys: workers with ours and with kombu's can share a queue. Different are
+how messages leave their lists (`fetcher.py`), how they are acknowledged, requeued and restored (`qos.py`), and that
+neither the bytes on a list nor a restart of Redis can end the worker. tests/transport/test_contract.py names every
+private member of kombu that this package relies on.
 """
 
 # mypy: disallow-subclassing-any=False
@@ -13,32 +13,146 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from queue import Empty
-from typing import TYPE_CHECKING, Any
+from time import monotonic
+from typing import Any
 
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 from redis import exceptions
 
-from schema import messages
+from schema.messages import RESTORES_HEADER, SOLO_DEATHS_HEADER
 from schema.text import ascii_line
-from worker.transport import envelope
-from worker.transport.fetching import Fetched, FetchingChannel
-from worker.transport.poller import Poller
-from worker.transport.scripts import SHIELD, stock
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from . import envelope
+from .fetcher import Fetcher, Mode
+from .pending import pending_operations
+from .poller import Poller
+from .qos import QoS
+from .scripts import Fetched, Keys, QueueList, Scripts
 
-transports: Any = import_module("kombu.transport")
+stock: Any = import_module("kombu.transport.redis")
 
 logger = logging.getLogger(__name__)
 
 
-class Channel(FetchingChannel):
-    """A channel whose messages are in `unacked` from the moment they leave their list."""
+class Channel(stock.Channel):
+    """kombu's channel, whose messages are in `unacked` from the moment they leave their list."""
+
+    QoS = QoS
+
+    #: A hash: how often messages were restored, and attempted alone.
+    unacked_restores_key = "unacked_restores"
+    #: The most messages that one fetch takes, and the most bytes unless a single message is larger.
+    fetch_count = 500
+    fetch_bytes = 1 << 20
+    #: Seconds between two polls of the lists that an idle channel's wait does not cover.
+    poll_interval = 0.025
+
+    from_transport_options = (
+        *stock.Channel.from_transport_options,
+        "unacked_restores_key",
+        "fetch_count",
+        "fetch_bytes",
+        "poll_interval",
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._no_ack_queues: set[str] = set()
+        super().__init__(*args, **kwargs)
+        prefix = self.global_keyprefix
+        keys = Keys(
+            unacked=prefix + self.unacked_key,
+            unacked_index=prefix + self.unacked_index_key,
+            unacked_restores=prefix + self.unacked_restores_key,
+            prefix=prefix,
+            separator=self.sep,
+            bindings=self.keyprefix_queue % ("",),
+        )
+        client = self.connection.client
+        hosts = tuple(sorted(client.alt)) or (client.hostname, client.port)  # sorted: kombu rotates the hosts it tries
+        self.scripts = Scripts(self.conn_or_acquire, keys)
+        self.pending = pending_operations((hosts, client.virtual_host, keys.unacked))
+        self.fetcher = Fetcher(self.scripts, self.pending, max_bytes=self.fetch_bytes, wait_seconds=self.brpop_timeout)
+
+    # Fetch
+
+    def pause(self, requeue_fetched: bool = True) -> None:
+        """Fetch nothing until `resume`; acknowledgements and heartbeats go on.
+
+        Messages that a fetch under way brings are requeued, or delivered if not `requeue_fetched`.
+        """
+        self.fetcher.mode = Mode.REQUEUE if requeue_fetched else Mode.DELIVER
+
+    def resume(self) -> None:
+        """Fetch again after `pause`."""
+        self.fetcher.mode = Mode.FETCH
+
+    def flush_pending(self) -> None:
+        """Send the pending operations of this process. Raises what redis-py raises, and keeps the rest."""
+        self.pending.flush(self.scripts)
+
+    def _brpop_start(self, timeout: float | None = None) -> None:  # noqa: ARG002
+        """Send a fetch, where kombu sends BRPOP."""
+        lists = self._lists(self._queue_cycle.consume(len(self.active_queues)), self._no_ack_queues)
+        if fetch := self.fetcher.next_fetch(lists, self._max_messages()):
+            self._in_poll = self.client.connection  # before it is sent: if the connection is lost, so is the reply
+            self._brpop_sent_at = monotonic()
+            self.fetcher.send(fetch, self._in_poll)
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Deliver what the fetch brings. Raises Empty if that is nothing, and connection errors."""
+        connection = self.client.connection
+        try:
+            fetched = self.fetcher.read(self.client, options)
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+        if not fetched:
+            raise Empty
+        self._deliver(fetched)
+        return True
+
+    def poll_lists(self) -> bool:
+        """Deliver from the lists that an idle channel's wait does not cover; whether there were messages.
+
+        Raises connection errors.
+        """
+        if not (self._in_poll and self.qos.can_consume()):
+            return False
+        fetched = self.fetcher.fetch_unwatched(self._max_messages())
+        self._deliver(fetched)
+        return bool(fetched)
+
+    def _on_connection_disconnect(self, connection: Any) -> None:
+        if self._in_poll is connection:
+            self.fetcher.reply_lost()
+        super()._on_connection_disconnect(connection)
+
+    def _lists(self, queues: Sequence[str], no_ack_queues: Collection[str]) -> list[QueueList]:
+        return [
+            QueueList(
+                queue,
+                self.global_keyprefix + self._q_for_pri(queue, step),
+                "" if queue in no_ack_queues else f',"",{json.dumps(queue)}{" " * step}]',
+            )
+            for step in self.priority_steps
+            for queue in queues
+        ]
+
+    def _max_messages(self) -> int:
+        allowed = self.qos.can_consume_max_estimate()
+        return self.fetch_count if allowed is None else min(allowed, self.fetch_count)
+
+    # Deliver
 
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Callable[[Any], Any], consumer_tag: str, **kwargs: Any
@@ -48,7 +162,7 @@ class Channel(FetchingChannel):
         result = super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
 
         def deliver(raw_message: Any) -> Any:
-            message = self.message_to_python(raw_message)  # ours is built already: bytes that are none must not raise
+            message = self.message_to_python(raw_message)  # a broadcast; a fetched message is a Message already
             if not no_ack:
                 self.qos.append(message, message.delivery_tag)
             return callback(message)
@@ -57,119 +171,122 @@ class Channel(FetchingChannel):
         return result
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
-        """Bind as kombu does. A full Redis refuses, and then must be drained by workers that start or reconnect: what
-        they consume is found by its name, and the binding is written with a later connection.
+        """Bind as kombu does, but start to consume even if a full Redis refuses to store the binding.
+
+        Workers have to drain it. They find the lists by the queue's name, and a later connection stores the binding.
         """
         try:
             super()._queue_bind(exchange, routing_key, pattern, queue)
         except exceptions.OutOfMemoryError as error:
-            logger.warning("Redis is full: %s is consumed without a note of its binding (%s).", queue, error)
+            logger.warning("Redis is full: consuming %s without storing its binding (%s).", queue, error)
 
-    def _deliver_all(self, fetched: list[Fetched]) -> None:
-        """Hand messages to their consumers; those that none takes, for whatever reason, go back to where they were."""
-        waiting = list(reversed(fetched))
+    def _deliver(self, fetched: list[Fetched]) -> None:
+        """Pass messages to their consumers. Requeues those that no consumer takes: none is there, or one raised."""
+        undelivered = deque(fetched)
         try:
-            while waiting and self._welcome and not self._closing:
-                item = waiting[-1]
+            while undelivered and not self._closing and self.fetcher.mode is not Mode.REQUEUE:
+                item = undelivered[0]
                 callback = self.connection._callbacks.get(item.source.queue)
                 if callback is None:
                     break
-                waiting.pop()
+                undelivered.popleft()
                 self._queue_cycle.rotate(item.source.queue)
                 if message := self._message(item):
                     callback(message)
         finally:
-            if waiting:
-                self._return_unseen(list(reversed(waiting)))
+            if undelivered:
+                self._requeue_undelivered(list(undelivered))
 
-    def _return_unseen(self, unseen: list[Fetched]) -> None:
-        """Put back what no consumer has seen. Never raises: what cannot go back now goes with the next connection."""
-        tags = [item.tag for item in unseen if item.source.closing]
+    def _requeue_undelivered(self, undelivered: list[Fetched]) -> None:
+        tags = [item.tag for item in undelivered if item.source.record_end]
         try:
-            for _ in self.qos.requeued(tags, "RPUSH"):
+            for _ in self.scripts.requeue(tags):
                 pass
-            for item in reversed([item for item in unseen if not item.source.closing]):
-                with self.conn_or_acquire() as client:
-                    client.rpush(item.source.key, item.raw)
-        except Exception as error:  # noqa: BLE001
-            self.owed.requeue_later(tags)
-            logger.warning("Could not put %d fetched messages back at once: %r.", len(unseen), error)
+            for item in reversed([item for item in undelivered if not item.source.record_end]):
+                self.scripts.push(item.source.key, item.raw)
+        except Exception as error:  # noqa: BLE001 - an unreachable broker must not end the worker; the tags are kept
+            self.pending.requeue_later(tags)
+            logger.warning(
+                "Could not requeue %d fetched messages (%r): they are requeued with the next connection.",
+                len(undelivered),
+                error,
+            )
 
     def _message(self, item: Fetched) -> Any:
-        """A kombu message of what was fetched, whatever it is; None where it is unreadable and nobody acknowledges."""
+        """A kombu message of whatever was fetched; None for undecodable bytes that need no acknowledgement."""
         try:
-            message = self._built(envelope.parse(item.raw, item.source.queue), item)
+            message = self._build(envelope.parse(item.raw, item.source.queue), item)
             reason = f"its body cannot be unpacked: {message.errors[0][1]}" if message.errors else ""
-        except envelope.NotAMessage as error:
+        except envelope.UndecodableError as error:
             reason = str(error)
-        except Exception as error:  # noqa: BLE001 - building it runs codecs on content
+        except Exception as error:  # noqa: BLE001 - kombu runs codecs on the content, which raise anything
             reason = f"its body cannot be unpacked: {type(error).__name__}: {error}"
         if reason:
-            if not item.source.closing:
+            if not item.source.record_end:
                 logger.warning(
-                    "Dropped unreadable bytes from %s, where nobody acknowledges: %s", item.source.queue, reason
+                    "Dropped undecodable bytes from %s, a queue without acknowledgements: %s", item.source.queue, reason
                 )
                 return None
             payload = envelope.undecodable(item.raw, item.source.queue, reason)
-            self._shield(item, envelope.text_of(payload))
-            message = self._built(payload, item)
+            self._record_undecodable(item, payload)
+            message = self._build(payload, item)
         message.size = len(item.raw)
         return message
 
-    def _built(self, payload: dict[str, Any], item: Fetched) -> Any:
-        payload["properties"]["delivery_tag"] = item.tag
+    def _build(self, payload: dict[str, Any], item: Fetched) -> Any:
+        headers, properties = payload["headers"], payload["properties"]
+        properties["delivery_tag"] = item.tag
         if item.restores:
-            payload["headers"][messages.RESTORES_HEADER] = item.restores
-            payload["headers"][messages.SOLO_DEATHS_HEADER] = item.deaths
-            payload["headers"]["redelivered"] = True
-            payload["properties"]["delivery_info"]["redelivered"] = True
-            if item.source.closing:
-                fingerprint = hashlib.sha1(item.raw, usedforsecurity=False).hexdigest()
-                self.qos.remember_restored(item.tag, fingerprint)
-        else:
-            for ours in (messages.RESTORES_HEADER, messages.SOLO_DEATHS_HEADER):
-                payload["headers"].pop(ours, None)  # not a producer's to say
+            headers[RESTORES_HEADER] = item.restores
+            headers[SOLO_DEATHS_HEADER] = item.solo_deaths
+            headers["redelivered"] = True
+            properties["delivery_info"]["redelivered"] = True
+            if item.source.record_end:
+                self.qos.remember_restored(item.tag, hashlib.sha1(item.raw, usedforsecurity=False).hexdigest())
+        else:  # a producer must not set these
+            headers.pop(RESTORES_HEADER, None)
+            headers.pop(SOLO_DEATHS_HEADER, None)
         return self.Message(payload, channel=self)
 
-    def _shield(self, item: Fetched, text: str) -> None:
+    def _record_undecodable(self, item: Fetched, payload: dict[str, Any]) -> None:
         try:
-            self._run(SHIELD, [self.unacked_key], [item.tag, f"[{text}{item.source.closing}"])
-        except Exception as error:  # noqa: BLE001 - its bytes are recorded as they are, which our own restore reads
-            logger.warning("Could not record an undecodable message for other transports: %r.", error)
+            self.scripts.record_undecodable(item.tag, f"[{envelope.to_json(payload)}{item.source.record_end}")
+        except Exception as error:  # noqa: BLE001 - the bytes stay recorded as they are, which restore.lua reads, too
+            logger.warning("Could not record an undecodable message in the form that kombu can restore: %r.", error)
 
     # Broadcasts
 
     def _handle_message(self, client: Any, response: Any) -> dict[str, Any]:
-        """What a fanout channel brought; without its data where reading it fails as kombu does not expect."""
+        """A broadcast as kombu reads it; without its data if parsing that raises what kombu does not catch."""
         payload: dict[str, Any] = super()._handle_message(client, response)
         try:
             if isinstance(payload["data"], str | bytes):
-                loads(bytes_to_str(payload["data"]))  # which replaces what is no UTF-8, as kombu does before it reads
+                loads(bytes_to_str(payload["data"]))  # which replaces invalid UTF-8, as kombu does before it parses
         except (TypeError, ValueError):
-            pass  # kombu says so, and goes on
-        except Exception as error:  # noqa: BLE001 - type tags run constructors on content
-            logger.warning("Dropped a broadcast that is no JSON: %s", ascii_line(repr(error), 200))
+            pass  # kombu logs it, and goes on
+        except Exception as error:  # noqa: BLE001 - type tags run constructors on content, which raise anything
+            logger.warning("Dropped a broadcast that is not JSON: %s", ascii_line(repr(error), 200))
             payload["data"] = None
         return payload
 
     def _deliver_fanout_message(self, message: Any, exchange: str) -> Any:
-        """Deliver a broadcast; what is no message is dropped with a warning, for Celery would die of it."""
+        """Deliver a broadcast; drop one that is not a message, which would end Celery, with a warning."""
         problems: list[Any]
         try:
             problems = self.Message(envelope.parse(dumps(message).encode(), exchange), channel=self).errors
-        except Exception as error:  # noqa: BLE001 - building it runs codecs on content
+        except Exception as error:  # noqa: BLE001 - kombu runs codecs on the content, which raise anything
             problems = [error]
         if problems:
-            logger.warning("Dropped a broadcast that is no message: %s", ascii_line(repr(problems[0]), 200))
+            logger.warning("Dropped a broadcast that is not a message: %s", ascii_line(repr(problems[0]), 200))
             return True
         return super()._deliver_fanout_message(message, exchange)
 
     # Without a consumer
 
     def basic_get(self, queue: str, no_ack: bool = False, **_kwargs: Any) -> Any:
-        """One message of `queue`, recorded as unacknowledged unless `no_ack`; None when it is empty."""
+        """One message of `queue`, recorded as unacknowledged unless `no_ack`; None if there is none."""
         try:
-            message = self._fetch_one(queue, no_ack)
+            message = self._get_message(queue, no_ack)
         except Empty:
             return None
         if not no_ack:
@@ -177,11 +294,10 @@ class Channel(FetchingChannel):
         return message
 
     def _get(self, queue: str, timeout: float | None = None) -> Any:  # noqa: ARG002
-        return self._fetch_one(queue, no_ack=False)._raw
+        return self._get_message(queue, no_ack=False)._raw
 
-    def _fetch_one(self, queue: str, no_ack: bool) -> Any:
-        sources = self._sources([queue], {queue} if no_ack else ())
-        fetched = self._fetch_now(sources, 1)
+    def _get_message(self, queue: str, no_ack: bool) -> Any:
+        fetched = self.fetcher.fetch_now(self._lists([queue], {queue} if no_ack else ()), 1)
         with self.conn_or_acquire() as client:
             self._maybe_update_queues_expire(client, queue)
         for item in fetched:
@@ -189,32 +305,32 @@ class Channel(FetchingChannel):
                 return message
         raise Empty
 
-    # The end
+    # Close
 
     def close(self) -> None:
-        """Acknowledge what is done, put the rest back, disconnect; however the broker fares: never raises."""
+        """Acknowledge, requeue messages in flight, disconnect. Never raises: the broker may be unreachable."""
         self._closing = True
         if not self.closed:
-            self._at_the_end("read what was on its way", self._read_outstanding)
+            self._try("read the reply to its fetch", self._read_reply)
             if self._qos:
                 self._qos.restore_unacked_once()
-            self._at_the_end("acknowledge", self.settle)
-        self._at_the_end("close the connections", super().close)
+            self._try("send its pending operations", self.flush_pending)
+        self._try("close its connections", super().close)
 
-    def _read_outstanding(self) -> None:
+    def _read_reply(self) -> None:
         if self._in_poll:
             with contextlib.suppress(Empty):
                 self._brpop_read()
 
-    def _at_the_end(self, what: str, do: Callable[[], Any]) -> None:
+    def _try(self, purpose: str, call: Callable[[], Any]) -> None:
         try:
-            do()
-        except Exception as error:  # noqa: BLE001 - a worker must not die of a broker that is away
-            logger.debug("A channel could not %s: %r", what, error)
+            call()
+        except Exception as error:  # noqa: BLE001 - an unreachable broker must not end the worker
+            logger.debug("A closing channel could not %s: %r", purpose, error)
 
 
 class SentinelChannel(Channel, stock.SentinelChannel):
-    """For sentinel://."""
+    """The channel for sentinel:// URLs."""
 
     from_transport_options = tuple(
         dict.fromkeys(Channel.from_transport_options + stock.SentinelChannel.from_transport_options)
@@ -222,11 +338,11 @@ class SentinelChannel(Channel, stock.SentinelChannel):
 
 
 class Transport(stock.Transport):
-    """kombu's Redis transport with channels and a poller of our own."""
+    """kombu's Redis transport with our channel and poller."""
 
     Channel = Channel
 
-    #: Seconds that an idle channel waits at a stretch; closing takes as long, as what comes last is not to be missed.
+    #: Seconds that an idle channel's wait lasts. Closing takes as long, for it reads the reply.
     brpop_timeout = 0.1
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -234,18 +350,18 @@ class Transport(stock.Transport):
         self.cycle = Poller()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        """Let the loop read, look, restore, and give signs of life three times per visibility timeout."""
+        """Let the loop read, poll, restore, and send heartbeats three times per visibility timeout."""
         super().register_with_event_loop(connection, loop)
         options = connection.client.transport_options
-        self.cycle.look_after_with(
+        self.cycle.set_timers(
             loop,
-            touch_every=float(options.get("visibility_timeout", Channel.visibility_timeout)) / 3,
-            look_every=float(options.get("look_interval", Channel.look_interval)),
+            heartbeat_interval=float(options.get("visibility_timeout", Channel.visibility_timeout)) / 3,
+            poll_interval=float(options.get("poll_interval", Channel.poll_interval)),
         )
 
 
 class SentinelTransport(Transport):
-    """The same through Redis Sentinel."""
+    """The transport for sentinel:// URLs."""
 
     default_port = stock.SentinelTransport.default_port
     Channel = SentinelChannel

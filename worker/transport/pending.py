@@ -1,75 +1,65 @@
-"""What this process has yet to tell a broker, kept while there is no connection to tell it by. Below `unacked.py`."""
+"""Operations that Redis has not been sent yet: acknowledgements, requeues, and corrections of solo attempts."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterable
+from typing import Final
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
-
-#: Tags per call of a script: Lua's `unpack` ends at about 8,000, and one call should not block Redis for long.
-TAGS_PER_CALL = 1000
-
-#: Messages per call that puts messages back; the caller calls again until all is done.
-RESTORES_PER_CALL = 500
-
-#: Where `unacked_restores` counts the times that a message was taken in hand alone, before its sha1.
-ALONE = "alone:"
+from .scripts import MAX_TAGS_PER_CALL, Scripts
 
 
-class PendingBrokerOps:
-    """What this process has yet to tell Redis: which messages are finished, and which it could not give back.
+class PendingOperations:
+    """Operations of this process that wait to be sent to one Redis database.
 
-    Outlives channels and connections, so that an acknowledgement after a commit survives a lost connection. However
-    late it comes, it is safe: a tag is given to one delivery only, so that when the message was restored meanwhile,
-    and is in another worker's hands, the record of that delivery is not touched. And what a lost connection tore from
-    us goes back as soon as there is another one, uncounted: an outage of Redis is not the fault of a message.
+    However late an acknowledgement is sent, it is safe: a tag belongs to one delivery only. If the message was restored
+    in the meantime and is in flight in another worker, that delivery's record is not touched. Messages that a lost
+    connection interrupted are requeued over the next one, uncounted: an outage of Redis is not a message's fault.
     """
 
-    _of_brokers: dict[Hashable, PendingBrokerOps] = {}  # noqa: RUF012 - one per broker and process
-
     def __init__(self) -> None:
-        self._finished: deque[tuple[str, str | None]] = deque()
-        self._given_up: list[str] = []
-        self._forgiven: deque[tuple[str, int]] = deque()
-
-    @classmethod
-    def of(cls, broker: Hashable) -> PendingBrokerOps:
-        """What this process owes `broker`."""
-        return cls._of_brokers.setdefault(broker, cls())
+        self._acknowledged: deque[tuple[str, str | None]] = deque()  # tag; fingerprint of a restored message
+        self._requeued: dict[str, None] = {}  # tags, oldest first
+        self._survived: deque[tuple[str, int]] = deque()  # fingerprint, number of solo attempts
 
     def __len__(self) -> int:
-        return len(self._finished) + len(self._given_up) + len(self._forgiven)
+        return len(self._acknowledged) + len(self._requeued) + len(self._survived)
 
     def acknowledge(self, tag: str, fingerprint: str | None) -> None:
-        """Remember a tag, and the sha1 of its message if that had been restored before. Any thread may call it."""
-        self._finished.append((tag, fingerprint))
+        """Acknowledge a message; `fingerprint` ends the counts of a restored one. May be called from any thread."""
+        self._acknowledged.append((tag, fingerprint))
 
     def requeue_later(self, tags: Iterable[str]) -> None:
-        """Remember tags of messages, oldest first, that are to be served again. There need not be such messages."""
-        self._given_up.extend(tags)
+        """Requeue messages, oldest first. Tags without a message are allowed and have no effect."""
+        self._requeued.update(dict.fromkeys(tags))
 
-    def forgive(self, fingerprint: str, by: int) -> None:
-        """Remember that a message's worker lives, which had counted itself `by` times as possibly dying of it."""
-        self._forgiven.append((fingerprint, by))
+    def undo_solo_attempts(self, fingerprint: str, count: int) -> None:
+        """Subtract recorded solo attempts on a message that its worker survived."""
+        self._survived.append((fingerprint, count))
 
-    def settle(self, channel: Any) -> None:
-        """Tell Redis all of it; what it raises for is kept, and raised."""
-        while self._finished:
-            batch = [self._finished.popleft() for _ in range(min(len(self._finished), TAGS_PER_CALL))]
-            tags = [tag for tag, _ in batch]
-            fingerprints = [fingerprint for _, fingerprint in batch if fingerprint]
+    def flush(self, scripts: Scripts) -> None:
+        """Send all operations. Raises what redis-py raises, and keeps the operations that were not done."""
+        while self._acknowledged:
+            batch = [self._acknowledged.popleft() for _ in range(min(len(self._acknowledged), MAX_TAGS_PER_CALL))]
             try:
-                channel.acknowledge([str(len(tags)), *tags, *fingerprints, *map(ALONE.__add__, fingerprints)])
+                scripts.acknowledge([tag for tag, _ in batch], [fingerprint for _, fingerprint in batch if fingerprint])
             except BaseException:
-                self._finished.extendleft(reversed(batch))
+                self._acknowledged.extendleft(reversed(batch))
                 raise
-        while self._given_up:  # only now: what was finished meanwhile has no record any more
-            chunk = self._given_up[-RESTORES_PER_CALL:]
-            left = int(channel.requeue(["RPUSH", *chunk]))
-            del self._given_up[len(self._given_up) - len(chunk) + left :]
-        while self._forgiven:
-            fingerprint, by = self._forgiven[0]
-            channel.count(ALONE + fingerprint, -by)
-            self._forgiven.popleft()
+        # Requeues come second: a message that was acknowledged in the meantime has no record left to requeue.
+        for tag in scripts.requeue(list(self._requeued)):
+            del self._requeued[tag]
+        while self._survived:
+            fingerprint, count = self._survived[0]
+            scripts.count_solo_attempts(fingerprint, -count)
+            self._survived.popleft()
+
+
+#: The operations of this process, by database. They live as long as the process and not as long as a channel: a worker
+#: that commits while its connection is lost acknowledges over the next connection, which has a new channel.
+_PENDING: Final[dict[Hashable, PendingOperations]] = {}
+
+
+def pending_operations(database: Hashable) -> PendingOperations:
+    """The operations of this process that wait for `database`; always the same object for the same database."""
+    return _PENDING.setdefault(database, PendingOperations())

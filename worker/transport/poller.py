@@ -1,6 +1,6 @@
-"""When channels are asked: once per turn of Celery's loop, or of `drain_events` where there is no loop.
+"""kombu's poller, which asks its channels for messages once per turn of Celery's event loop, or of `drain_events`.
 
-Below `transport.py`: kombu's poller, with acknowledgements before each fetch, and signs of life in between.
+Ours sends pending operations before each fetch, heartbeats in between, and polls the lists of idle channels.
 """
 
 # mypy: disallow-subclassing-any=False
@@ -9,18 +9,17 @@ Below `transport.py`: kombu's poller, with acknowledgements before each fetch, a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from queue import Empty
 from typing import Any
 
 from redis import exceptions
 
-from worker.transport.scripts import stock
+stock: Any = import_module("kombu.transport.redis")
 
 logger = logging.getLogger(__name__)
-
-#: Seconds after which a channel is looked after even if nothing arrives.
-LOOK_AFTER = 1.0
 
 
 class Poller(stock.MultiChannelPoller):
@@ -29,72 +28,73 @@ class Poller(stock.MultiChannelPoller):
     _timers: tuple[Any, ...] = ()
 
     def on_poll_init(self, poller: Any) -> None:
-        """Begin with a loop; what Redis refuses to restore is tried again later.
+        """Restore messages when an event loop begins; a refusal is logged and tried again later.
 
-        Raised from here, before Celery holds the connection, a refusal would leave its sockets open at every try: a
-        Redis that lets clients in and refuses writes (a demoted one, say) would run out of connections within minutes.
+        Raised from here, before Celery has a reference to the connection, a refusal would leave its sockets open at
+        each retry. A Redis that accepts clients and refuses writes (after a failover, say) would run out of connections
+        within minutes.
         """
-        self._unless_away(partial(super().on_poll_init, poller))
+        self._or_later(partial(super().on_poll_init, poller))
 
     def on_poll_start(self) -> None:
-        """Before each wait: tell what is done, then ask for more. Raises when the connection is lost."""
+        """Send pending operations, then fetch. Called before each wait. Raises if the connection is lost."""
         for channel in list(self._channels):
             try:
-                channel.settle()
+                channel.flush_pending()
             except exceptions.ResponseError as error:
-                channel._refused(error)  # the tags are kept, the next turn tries again
+                channel.fetcher.refused(error)  # the operations are kept, and sent at the next turn
         super().on_poll_start()
 
     def on_readable(self, fileno: int) -> Any:
-        """Read whatever was asked for, even without credit: it is recorded as ours, and ours to keep alive."""
+        """Read the reply to a fetch even if prefetch is used up: its messages are in flight and need heartbeats."""
         channel, kind = self._fd_to_chan.get(fileno, (None, None))
         if channel is not None and kind == "BRPOP" and channel._in_poll:
             return channel.handlers[kind]()
         return super().on_readable(fileno)
 
     def _update_brpop_polling(self) -> None:
-        """Do not pause: kombu would stop reading a reply while there is no credit for it."""
+        """Do nothing: kombu would stop reading a reply while prefetch is used up."""
 
     def get(self, callback: Any, timeout: float | None = None) -> Any:
-        """One turn without a loop: short enough to look at all lists, and after a channel that rests or is paused."""
-        self.maybe_touch()
-        shortest = min((channel.look_interval for channel in self._channels), default=LOOK_AFTER)
+        """One turn without an event loop, short enough to poll all lists, and to notice a channel that resumes."""
+        self.heartbeat_if_due()
+        shortest = min((channel.poll_interval for channel in self._channels), default=1.0)
         try:
             return super().get(callback, shortest if timeout is None else min(timeout, shortest))
         except Empty:
-            if not self.look():
+            if not self.poll_lists():
                 self.maybe_restore_messages()
                 raise
 
-    def look(self) -> bool:
-        """Let idle channels look at the lists nothing wakes them for. Raises when the connection is lost."""
-        looks = [channel.look() for channel in list(self._channels)]  # all of them, whatever the first finds
-        return any(looks)
+    def poll_lists(self) -> bool:
+        """Poll the lists of idle channels; whether there were messages. Raises if a connection is lost."""
+        polled = [channel.poll_lists() for channel in list(self._channels)]  # of all channels, not up to the first
+        return any(polled)
 
     def maybe_restore_messages(self) -> None:
-        """Put back what no worker gave a sign of life for, if it is time; what Redis refuses is tried again."""
-        self._unless_away(super().maybe_restore_messages)
+        """Restore messages if it is time; a refusal is logged and tried again later."""
+        self._or_later(super().maybe_restore_messages)
 
-    def maybe_touch(self) -> None:
-        """Give a sign of life for all held messages, if it is time; what Redis refuses is tried again."""
+    def heartbeat_if_due(self) -> None:
+        """Send the heartbeats of all channels if it is time; a refusal is logged and tried again later."""
         for channel in list(self._channels):
             if channel._qos is not None:
-                self._unless_away(channel.qos.heartbeat)
+                self._or_later(channel.qos.heartbeat_if_due)
 
-    def look_after_with(self, loop: Any, *, touch_every: float, look_every: float) -> None:
-        """Let the loop touch and look every so many seconds, instead of what it was told before."""
+    def set_timers(self, loop: Any, *, heartbeat_interval: float, poll_interval: float) -> None:
+        """Let an event loop send heartbeats and poll lists at these intervals in seconds, in place of earlier ones."""
         for timer in self._timers:
             timer.cancel()
         self._timers = (
-            loop.call_repeatedly(touch_every, self.maybe_touch),
-            loop.call_repeatedly(look_every, self.look),
+            loop.call_repeatedly(heartbeat_interval, self.heartbeat_if_due),
+            loop.call_repeatedly(poll_interval, self.poll_lists),
         )
 
-    def _unless_away(self, look_after: Any) -> None:
+    def _or_later(self, call: Callable[[], object]) -> None:
         try:
-            look_after()
+            call()
         except exceptions.ResponseError as error:
-            logger.warning("Redis refuses to look after held messages, tried again later: %s", error)
+            logger.warning("Redis refuses heartbeats or restores; retrying: %s", error)
         except (exceptions.RedisError, OSError) as error:
-            # The loop finds out by itself, and reconnects.
-            logger.debug("No connection to look after held messages: %r", error)
+            # The event loop notices by itself, and reconnects.
+            logger.debug("No connection for heartbeats or restores: %r", error)

@@ -1,7 +1,7 @@
-"""What this process holds unacknowledged: prefetch, acknowledgements, signs of life, and giving messages back.
+"""Messages in flight: prefetch, acknowledgements, requeues, heartbeats, and the restore of other workers' messages.
 
-Between `transport.py`, which hands messages over, and `batching.py`, which says what became of them. In Redis each held
-message is a record in the hash `unacked` and a time in the sorted set `unacked_index`, as with kombu's own transport.
+In Redis, each message in flight is a record in the hash `unacked` and a time in the sorted set `unacked_index`, as with
+kombu's own transport.
 """
 
 # mypy: disallow-subclassing-any=False
@@ -9,42 +9,44 @@ message is a record in the hash `unacked` and a time in the sorted set `unacked_
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from importlib import import_module
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
-from worker.transport.pending import ALONE, RESTORES_PER_CALL, TAGS_PER_CALL
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+from .pending import PendingOperations
+from .scripts import Scripts
 
 stock: Any = import_module("kombu.transport.redis")
 
 logger = logging.getLogger(__name__)
 
-#: So many calls of the restore script at most in one sweep: the loop has other things to do.
-RESTORE_CALLS_PER_SWEEP = 20
+#: Calls of restore.lua in one sweep: the event loop has other things to do.
+MAX_RESTORE_CALLS: Final = 20
 
 
 class QoS(stock.QoS):
-    """The messages one channel holds. Only the consuming thread may call it, but any may acknowledge."""
+    """The messages in flight of one channel. Only the consuming thread may call it, but any thread may acknowledge."""
 
     def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
-        self._aside: set[str] = set()
-        self._fingerprints: dict[str, str] = {}
+        self._scripts: Scripts = channel.scripts
+        self._pending: PendingOperations = channel.pending
+        self._parked: set[str] = set()
+        self._fingerprints: dict[str, str] = {}  # of restored messages: the sha1 under which their restores are counted
         self._solo_attempts: dict[str, int] = {}
-        self._heartbeat_due = 0.0
+        #: The next time, as of monotonic(), at which `heartbeat_if_due` does something.
+        self.heartbeat_due = 0.0
         super().__init__(channel, prefetch_count)
 
     # Prefetch
 
     def park(self, tag: str) -> None:
-        """Let a held message wait without counting it against prefetch; it stays unacknowledged and kept alive."""
+        """Stop counting a message against prefetch. It stays in flight, with heartbeats."""
         if tag in self._delivered and tag not in self._dirty:
-            self._aside.add(tag)
+            self._parked.add(tag)
 
     def in_flight(self) -> list[str]:
-        """The tags of all messages that are neither acknowledged nor given back, oldest first."""
+        """The tags of all messages that are neither acknowledged nor requeued, oldest first."""
         return [tag for tag in list(self._delivered) if tag not in self._dirty]
 
     def can_consume(self) -> bool:
@@ -52,160 +54,163 @@ class QoS(stock.QoS):
         return not self.prefetch_count or self._counted() < self.prefetch_count
 
     def can_consume_max_estimate(self) -> int | None:
-        """How many more messages prefetch allows for; None: as many as there are."""
+        """How many more messages prefetch allows for; None if there is no limit."""
         return max(self.prefetch_count - self._counted(), 0) if self.prefetch_count else None
 
     def _counted(self) -> int:
-        return len(self._delivered) - len(self._dirty) - len(self._aside)
+        return len(self._delivered) - len(self._dirty) - len(self._parked)
 
-    # What becomes of a message
+    # Acknowledge, requeue
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Hold a message; Redis has its record since it was fetched."""
+        """Add a message; Redis has its record since it was fetched."""
         stock.virtual.QoS.append(self, message, delivery_tag)
 
     def remember_restored(self, tag: str, fingerprint: str) -> None:
-        """Note the sha1 under which this message's restores are counted, so that its acknowledgement ends the count."""
+        """Remember the sha1 under which a message's restores are counted: its acknowledgement ends the count."""
         self._fingerprints[tag] = fingerprint
 
-    def record_solo_attempt(self, tag: str) -> None:
-        """Count in Redis that this worker applies a restored message alone; raises what Redis raises.
-
-        An attempt that is neither undone nor acknowledged is the death of a worker.
-        """
-        if fingerprint := self._fingerprints.get(tag):
-            # Send acknowledgements first: if this message kills the process, messages that are already committed must
-            # not be restored and counted against.
-            self.channel.settle()
-            self.channel.count(ALONE + fingerprint, 1)
-            self._solo_attempts[tag] = self._solo_attempts.get(tag, 0) + 1
-
-    def undo_solo_attempts(self, tag: str, count: int) -> None:
-        """Take back up to `count` recorded attempts: this worker is alive. Redis learns of it later; never raises."""
-        if fingerprint := self._fingerprints.get(tag):
-            recorded = self._solo_attempts.get(tag, 0)
-            if undone := min(count, recorded):
-                self.channel.owed.forgive(fingerprint, undone)
-                self._solo_attempts[tag] = recorded - undone
-
     def ack(self, delivery_tag: str) -> None:
-        """Forget a message for good: at the next tick of the loop in Redis, at once for prefetch."""
-        self.channel.owed.acknowledge(delivery_tag, self._fingerprints.pop(delivery_tag, None))
+        """Acknowledge a message: for prefetch at once, in Redis with the next flush of pending operations."""
+        self._pending.acknowledge(delivery_tag, self._fingerprints.pop(delivery_tag, None))
         self.release(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Forget a message for good, or put it where it is served last."""
-        if not requeue:
-            self.ack(delivery_tag)
-        else:
+        """Acknowledge a message, or requeue it where it is served last."""
+        if requeue:
             self.restore_by_tag(delivery_tag, leftmost=True)
+        else:
+            self.ack(delivery_tag)
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:  # noqa: ARG002
-        """Put a message back, uncounted: where it is served next, or (leftmost) last. Raises when Redis does."""
-        for done in self.requeued([tag], "LPUSH" if leftmost else "RPUSH"):
-            self.release(done)
+        """Requeue a message: it is served next, or last if `leftmost`. Raises what redis-py raises."""
+        for requeued in self._scripts.requeue([tag], "LPUSH" if leftmost else "RPUSH"):
+            self.release(requeued)
 
     def requeue(self, tags: Iterable[str]) -> int:
-        """Put messages back where they are served next, in the order they came in, without counting it against them.
+        """Requeue messages in the order they came in. Returns how many of them were in flight.
 
-        Returns how many. Raises when Redis does: what was not put back by then is still held.
+        Raises what redis-py raises; messages that were not requeued by then are still in flight.
         """
-        wanted = set(tags) - self._dirty
-        ordered = [tag for tag in self._delivered if tag in wanted]
-        for tag in self.requeued(ordered, "RPUSH"):
+        ordered = self._in_order(tags)
+        for tag in self._scripts.requeue(ordered):
             self.release(tag)
         return len(ordered)
 
     def requeue_later(self, tags: Iterable[str]) -> None:
-        """Let go of messages that Redis would not take back: they go back, uncounted, as soon as it does."""
-        wanted = set(tags) - self._dirty
-        ordered = [tag for tag in self._delivered if tag in wanted]
-        self.channel.owed.requeue_later(ordered)
+        """Release messages that Redis did not take back; they are requeued with the next connection that works."""
+        ordered = self._in_order(tags)
+        self._pending.requeue_later(ordered)
         for tag in ordered:
             self.release(tag)
 
-    def requeued(self, tags: list[str], push: str) -> Iterator[str]:
-        """Yield each tag once it is back; newest first, as each ends up in front of those before it."""
-        while tags:
-            chunk = tags[-RESTORES_PER_CALL:]
-            left = int(self.channel.requeue([push, *chunk]))
-            yield from chunk[left:]
-            tags = tags[: len(tags) - len(chunk) + left]
-
     def release(self, tag: str) -> None:
-        self._aside.discard(tag)
+        """Drop the local bookkeeping of a message."""
+        self._parked.discard(tag)
         self._fingerprints.pop(tag, None)
         self._solo_attempts.pop(tag, None)
         self._quick_ack(tag)
 
-    # Signs of life
+    def _in_order(self, tags: Iterable[str]) -> list[str]:
+        chosen = set(tags) - self._dirty
+        return [tag for tag in self._delivered if tag in chosen]
+
+    # Solo attempts on messages that were restored
+
+    def record_solo_attempt(self, tag: str) -> None:
+        """Count in Redis that this worker applies a restored message alone. Raises what redis-py raises.
+
+        An attempt that is neither undone nor acknowledged is the death of a worker.
+        """
+        if fingerprint := self._fingerprints.get(tag):
+            # Acknowledge first: if this message kills the process, messages whose batch is committed must not be
+            # restored, and the restore counted against them.
+            self._pending.flush(self._scripts)
+            self._scripts.count_solo_attempts(fingerprint, 1)
+            self._solo_attempts[tag] = self._solo_attempts.get(tag, 0) + 1
+
+    def undo_solo_attempts(self, tag: str, count: int) -> None:
+        """Subtract up to `count` of the recorded attempts, for this worker survived them. Never raises.
+
+        Redis gets this with the next flush of pending operations.
+        """
+        recorded = self._solo_attempts.get(tag, 0)
+        if undone := min(count, recorded):
+            self._pending.undo_solo_attempts(self._fingerprints[tag], undone)
+            self._solo_attempts[tag] = recorded - undone
+
+    # Heartbeats, and messages whose worker sends none
 
     def heartbeat(self) -> None:
-        """Tell Redis that all held messages are in good hands, if a third of the visibility timeout has passed."""
-        if monotonic() >= self._heartbeat_due:
-            held = self.in_flight()
-            for start in range(0, len(held), TAGS_PER_CALL):
-                self.channel.touch([str(start), *held[start : start + TAGS_PER_CALL]])
-            self._heartbeat_due = monotonic() + 0.3 * self.visibility_timeout
+        """Refresh the time of all messages in flight. Raises what redis-py raises."""
+        self._scripts.heartbeat(self.in_flight())
+        self.heartbeat_due = monotonic() + 0.3 * self.visibility_timeout
+
+    def heartbeat_if_due(self) -> None:
+        """Do so if almost a third of the visibility timeout has passed since the last time."""
+        if monotonic() >= self.heartbeat_due:
+            self.heartbeat()
 
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:  # noqa: ARG002
-        """Put back what no worker gave a sign of life for, oldest first, and count it against each message.
+        """Restore the messages of all workers whose heartbeats stopped, at every `interval`th call.
 
-        Does so at every `interval`th call, as kombu's own, which is called every `unacked_restore_interval` seconds.
+        kombu calls this every `unacked_restore_interval` seconds.
         """
         self._vrestore_count += 1
         if (self._vrestore_count - 1) % (interval or 1):
             return
-        most = RESTORES_PER_CALL
-        for _ in range(RESTORE_CALLS_PER_SWEEP):
-            restored, stuck, more = self.channel.restore([str(self.visibility_timeout), str(most)])
-            if restored:
-                logger.warning("Put %d messages back: their worker gave no sign of life.", restored)
-            if stuck:
+        for _ in range(MAX_RESTORE_CALLS):
+            result = self._scripts.restore(self.visibility_timeout)
+            if result.restored:
+                logger.warning(
+                    "Restored %d messages: their worker sent no heartbeat for %s s.",
+                    result.restored,
+                    self.visibility_timeout,
+                )
+            if result.stuck:
                 logger.error(
-                    "%d messages in %s fit no queue and stay there: look at them, and at their exchange's bindings.",
-                    stuck,
+                    "%d messages in %s fit no queue and stay there: check them and the bindings of their exchange.",
+                    result.stuck,
                     self.unacked_key,
                 )
-            if not more:
+            if not result.more:
                 break
 
-    # The end
+    # The end of the channel
 
     def restore_unacked(self, client: Any = None) -> None:  # noqa: ARG002
-        """Put all held messages back, as `requeue` does."""
+        """Requeue all messages in flight. Raises what redis-py raises."""
         self.requeue(self.in_flight())
         self._flush()
 
     def restore_unacked_once(self, stderr: Any = None) -> None:  # noqa: ARG002
-        """Put all held messages back when the channel closes, however the broker fares: never raises.
+        """Requeue all messages in flight when the channel closes. Never raises.
 
-        What cannot be put back now goes back with this process' next connection, or else after the visibility timeout.
+        Messages that Redis does not take are requeued over this process' next connection; if there is none, another
+        worker restores them after the visibility timeout.
         """
         self._on_collect.cancel()
         if self._delivered.restored:
             return
         self._delivered.restored = True
-        held = self.in_flight()
-        for (
-            tag,
-            times,
-        ) in self._solo_attempts.items():  # whatever becomes of the message, this process did not die of it
-            self.channel.owed.forgive(self._fingerprints[tag], times)
+        for tag, attempts in self._solo_attempts.items():  # the process is alive, whatever becomes of the messages
+            self._pending.undo_solo_attempts(self._fingerprints[tag], attempts)
         self._solo_attempts.clear()
+        messages = len(self.in_flight())
         try:
-            if held and self.restore_at_shutdown and self.channel.do_restore:
-                self.channel.settle()
+            if messages and self.restore_at_shutdown and self.channel.do_restore:
+                self._pending.flush(self._scripts)
                 self.restore_unacked()
-                logger.info("Put %d unacknowledged messages back.", len(held))
-        except Exception as error:  # noqa: BLE001 - a worker must not die of a broker that is away
-            self.channel.owed.requeue_later(self.in_flight())
+                logger.info("Requeued %d unacknowledged messages.", messages)
+        except Exception as error:  # noqa: BLE001 - an unreachable broker must not end the worker
+            self._pending.requeue_later(self.in_flight())
             logger.warning(
-                "Could not put %d unacknowledged messages back (%r): they go with the next connection, else in %s s.",
-                len(held),
+                "Could not requeue %d unacknowledged messages (%r): "
+                "they are requeued with the next connection, or restored after %s s.",
+                messages,
                 error,
                 self.visibility_timeout,
             )
         self._delivered.clear()
         self._dirty.clear()
-        self._aside.clear()
+        self._parked.clear()

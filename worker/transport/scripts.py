@@ -1,32 +1,42 @@
-"""The Lua that moves messages inside Redis: each script happens as one step, and no content makes it fail.
+"""The Lua scripts that move messages inside Redis, and the keys they work on. Knows redis-py and no kombu.
 
-Below `fetching.py`; the scripts themselves are in `lua/`. All of them may run while Redis is full: they free memory, or
-move what is there, and a worker that could not fetch or acknowledge would keep Redis full for ever. They need Redis 7.0
-or Valkey.
+Redis runs each script of `lua/` as one step, and no content of a message makes a script fail. All of them may write
+while Redis is over `maxmemory`: they free memory or move what is there already, and a worker that could neither fetch
+nor acknowledge would keep Redis full for ever. They need Redis 7.0 or Valkey.
 """
-# mypy: disallow-subclassing-any=False
 
 from __future__ import annotations
 
 import hashlib
-from importlib import import_module
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib.resources import files
-from typing import Any, NamedTuple
+from itertools import count
+from typing import Any, Literal, NamedTuple
 
+import redis
 from redis import exceptions
 
-from worker.transport import envelope
-from worker.transport.pending import PendingBrokerOps
-from worker.transport.qos import QoS
+from . import envelope
 
-stock: Any = import_module("kombu.transport.redis")
-
-#: Redis 7's way to say that a script may write over `maxmemory`; it has to be the first line.
+#: Declares in Redis 7 that a script may write over `maxmemory`; has to be the first line.
 _SHEBANG = "#!lua flags=allow-oom\n"
+
+#: Bytes per call that requeues or restores; the caller calls again until all is done.
+MAX_BYTES_PER_CALL = 1 << 20
+
+#: Messages per call that requeues or restores.
+MAX_MESSAGES_PER_CALL = 500
+
+#: Tags per call of the other scripts: Lua's `unpack` ends at about 8,000, and no call should block Redis for long.
+MAX_TAGS_PER_CALL = 1000
+
+#: The field of `unacked_restores` that counts a message's restores is its sha1; solo attempts have this in front of it.
+_SOLO_ATTEMPTS = "alone:"
 
 
 class Script(NamedTuple):
-    """A script, and the sha1 under which Redis knows it once it was loaded."""
+    """A script, and the sha1 by which Redis knows it once it is loaded."""
 
     text: str
     sha: str
@@ -40,81 +50,170 @@ def _script(*names: str) -> Script:
 
 FETCH = _script("fetch")
 ACKNOWLEDGE = _script("acknowledge")
-COUNT = _script("count")
-TOUCH = _script("touch")
-SHIELD = _script("shield")
-RESTORE = _script("put_back", "restore")
-REQUEUE = _script("put_back", "requeue")
-
-#: Bytes per call that puts messages back; the caller calls again until all is done.
-BYTES_PER_CALL = 1 << 20
+HEARTBEAT = _script("heartbeat")
+REQUEUE = _script("return_to_list", "requeue")
+RESTORE = _script("return_to_list", "restore")
+COUNT_SOLO_ATTEMPTS = _script("count_solo_attempts")
+RECORD_UNDECODABLE = _script("record_undecodable")
 
 
-class ScriptedChannel(stock.Channel):
-    """A channel that can run them."""
+class Keys(NamedTuple):
+    """The keys of one logical database, complete with the global prefix, and what names of other keys are made of."""
 
-    QoS = QoS
+    unacked: str
+    unacked_index: str
+    unacked_restores: str
+    prefix: str
+    separator: str  # of queue and priority
+    bindings: str  # prefix of kombu's tables of bindings
 
-    unacked_restores_key = "unacked_restores"
-    from_transport_options = (*stock.Channel.from_transport_options, "unacked_restores_key")
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        client = self.connection.client
-        broker = tuple(sorted(client.alt)) or (client.hostname, client.port)  # sorted: kombu moves on from host to host
-        self.owed = PendingBrokerOps.of((broker, client.virtual_host, self._key(self.unacked_key)))
+class QueueList(NamedTuple):
+    """A Redis list to fetch from: one queue at one priority."""
 
-    def settle(self) -> None:
-        """Tell Redis what this process owes it, see `PendingBrokerOps`. Raises when Redis does, and keeps the rest."""
-        if self.owed:
-            self.owed.settle(self)
+    queue: str
+    key: str
+    record_end: str  # the end of its messages' records, see return_to_list.lua; empty: they are not recorded
 
-    def acknowledge(self, arguments: list[str]) -> None:
-        """Run acknowledge.lua with these arguments."""
-        self._run(ACKNOWLEDGE, [self.unacked_key, self.unacked_index_key, self.unacked_restores_key], arguments)
 
-    def count(self, field: str, by: int) -> None:
-        """Run count.lua with these arguments."""
-        self._run(COUNT, [self.unacked_restores_key], [field, str(by)])
+class Fetched(NamedTuple):
+    """A message as it comes out of Redis."""
 
-    def touch(self, arguments: list[str]) -> None:
-        """Run touch.lua with these arguments."""
-        self._run(TOUCH, [self.unacked_index_key], arguments)
+    source: QueueList
+    tag: str
+    raw: bytes
+    restores: int
+    solo_deaths: int
 
-    def restore(self, arguments: list[str]) -> Any:
-        """Run restore.lua with these arguments behind the common ones."""
-        return self._put_back(RESTORE, arguments)
 
-    def requeue(self, arguments: list[str]) -> Any:
-        """Run requeue.lua with these arguments behind the common ones."""
-        return self._put_back(REQUEUE, arguments)
+class Fetch(NamedTuple):
+    """The arguments of one call of fetch.lua."""
 
-    def _put_back(self, script: Script, arguments: list[str]) -> Any:
-        keys = [self.unacked_key, self.unacked_index_key, self.unacked_restores_key]
-        bindings = self.keyprefix_queue % ("",)
-        common = [self.global_keyprefix, self.sep, bindings, envelope.ENVELOPE_START, str(BYTES_PER_CALL)]
-        return self._run(script, keys, [*common, *arguments])
+    lists: Sequence[QueueList]
+    max_messages: int
+    max_bytes: int
+    tag_prefix: str  # no other fetch has it, in this process or elsewhere
 
-    def _run(self, script: Script, keys: list[str], arguments: list[str]) -> Any:
-        # kombu's client with a global prefix prefixes the first key of a script and no other.
-        first, *others = keys
-        with self.conn_or_acquire() as client:
-            call = (script.sha, len(keys), first, *map(self._key, others), *arguments)
+    def tags(self) -> list[str]:
+        """The tags of all messages that the call may bring, oldest first."""
+        return [f"{self.tag_prefix}{number}" for number in range(1, self.max_messages + 1)]
+
+    def messages(self, reply: list[Any]) -> list[Fetched]:
+        """The messages in the reply."""
+        rows = zip(count(1), reply[1::4], reply[2::4], reply[3::4], reply[4::4], strict=False)
+        return [
+            Fetched(self.lists[place], f"{self.tag_prefix}{number}", raw, restores, deaths)
+            for number, place, raw, restores, deaths in rows
+        ]
+
+
+class Restored(NamedTuple):
+    """The result of restore.lua."""
+
+    restored: int
+    stuck: int  # messages that fit no list
+    more: bool  # whether there may be more to restore
+
+
+class Scripts:
+    """Runs the scripts on one database. Every method raises what redis-py raises."""
+
+    def __init__(self, connect: Callable[[], AbstractContextManager[redis.Redis]], keys: Keys) -> None:
+        self._connect = connect
+        self._keys = keys
+
+    def key(self, name: str) -> str:
+        """The name of a key with the global prefix."""
+        return self._keys.prefix + name
+
+    def fetch_command(self, fetch: Fetch) -> tuple[Any, ...]:
+        """The command that runs fetch.lua, for a caller that sends it itself and reads the reply later."""
+        keys = (
+            self._keys.unacked,
+            self._keys.unacked_index,
+            self._keys.unacked_restores,
+            *(source.key for source in fetch.lists),
+        )
+        limits = (str(fetch.max_messages), str(fetch.max_bytes), fetch.tag_prefix)
+        return _command(FETCH, keys, (*limits, *(source.record_end for source in fetch.lists)))
+
+    def fetch(self, fetch: Fetch) -> list[Any]:
+        """Fetch now; returns the reply of fetch.lua."""
+        reply: list[Any] = self._run(FETCH, self.fetch_command(fetch))
+        return reply
+
+    def acknowledge(self, tags: Sequence[str], fingerprints: Sequence[str]) -> None:
+        """Remove at most MAX_TAGS_PER_CALL messages, and the counts under the `fingerprints` of restored ones."""
+        counts = (*fingerprints, *map(_SOLO_ATTEMPTS.__add__, fingerprints))
+        keys = (self._keys.unacked, self._keys.unacked_index, self._keys.unacked_restores)
+        self._run(ACKNOWLEDGE, _command(ACKNOWLEDGE, keys, (str(len(tags)), *tags, *counts)))
+
+    def heartbeat(self, tags: Sequence[str]) -> None:
+        """Refresh the time of messages in flight, oldest first; other messages are not touched."""
+        for start in range(0, len(tags), MAX_TAGS_PER_CALL):
+            arguments = (str(start), *tags[start : start + MAX_TAGS_PER_CALL])
+            self._run(HEARTBEAT, _command(HEARTBEAT, (self._keys.unacked_index,), arguments))
+
+    def requeue(self, tags: Sequence[str], push: Literal["RPUSH", "LPUSH"] = "RPUSH") -> Iterator[str]:
+        """Requeue messages, oldest first in `tags`: served next, or with LPUSH last. Yields each tag once it is done.
+
+        Begins with the newest, as each message is pushed in front of those before it.
+        """
+        while tags:
+            chunk = tags[-MAX_MESSAGES_PER_CALL:]
+            left = int(self._return_to_list(REQUEUE, (push, *chunk)))
+            yield from chunk[left:]
+            tags = tags[: len(tags) - len(chunk) + left]
+
+    def restore(self, visibility_timeout: float) -> Restored:
+        """Restore messages whose last heartbeat is older than `visibility_timeout` seconds."""
+        arguments = (str(visibility_timeout), str(MAX_MESSAGES_PER_CALL))
+        restored, stuck, more = self._return_to_list(RESTORE, arguments)
+        return Restored(restored, stuck, bool(more))
+
+    def count_solo_attempts(self, fingerprint: str, change: int) -> None:
+        """Add to the number of solo attempts on a message."""
+        arguments = (_SOLO_ATTEMPTS + fingerprint, str(change))
+        self._run(COUNT_SOLO_ATTEMPTS, _command(COUNT_SOLO_ATTEMPTS, (self._keys.unacked_restores,), arguments))
+
+    def record_undecodable(self, tag: str, record: str) -> None:
+        """Replace the record of a message in flight."""
+        self._run(RECORD_UNDECODABLE, _command(RECORD_UNDECODABLE, (self._keys.unacked,), (tag, record)))
+
+    def push(self, key: str, raw: bytes) -> None:
+        """Put a message that was not recorded back where it is served next."""
+        with self._connect() as client:
+            _execute(client, ("RPUSH", key, raw))
+
+    def _return_to_list(self, script: Script, arguments: Sequence[str]) -> Any:
+        unacked, index, restores, prefix, separator, bindings = self._keys
+        shared = (prefix, separator, bindings, envelope.ENVELOPE_START, str(MAX_BYTES_PER_CALL))
+        return self._run(script, _command(script, (unacked, index, restores), (*shared, *arguments)))
+
+    def _run(self, script: Script, command: tuple[Any, ...]) -> Any:
+        with self._connect() as client:
             try:
-                return client.evalsha(*call)
-            except exceptions.NoScriptError:
-                self._load(script)
-                return client.evalsha(*call)
+                return _execute(client, command)
+            except exceptions.NoScriptError:  # Redis restarted, and forgot all scripts
+                _load(client, script)
+                return _execute(client, command)
 
-    def _load(self, script: Script) -> None:
-        """Let Redis know a script: it forgets them when it restarts."""
-        try:
-            with self.conn_or_acquire() as client:
-                client.script_load(script.text)
-        except exceptions.ResponseError as error:
-            if "compiling script" not in str(error):
-                raise
-            raise RuntimeError(f"This Redis is too old: use Redis 7.0 or newer, or Valkey. It says: {error}") from error
 
-    def _key(self, name: str) -> str:
-        return f"{self.global_keyprefix}{name}"
+def _command(script: Script, keys: Sequence[str], arguments: Sequence[str]) -> tuple[Any, ...]:
+    return ("EVALSHA", script.sha, len(keys), *keys, *arguments)
+
+
+def _execute(client: redis.Redis, command: tuple[Any, ...]) -> Any:
+    # Not client.execute_command: kombu's client adds a global prefix, to the first key of a script and no other.
+    return redis.Redis.execute_command(client, *command)  # type: ignore[no-untyped-call]
+
+
+def _load(client: redis.Redis, script: Script) -> None:
+    try:
+        client.script_load(script.text)
+    except exceptions.ResponseError as error:
+        if "compiling script" not in str(error):
+            raise
+        raise RuntimeError(
+            f"Redis is too old: use Redis 7.0 or newer, or Valkey. It refused a script: {error}"
+        ) from error

@@ -1,6 +1,6 @@
--- Forgets messages for good.
--- KEYS: unacked, unacked_index, unacked_restores. ARGV: number of tags, the tags, then the sha1 of those messages
--- among them that had been restored.
+-- Removes messages and everything recorded about them.
+-- KEYS: unacked, unacked_index, unacked_restores.
+-- ARGV: number of tags; the tags; then the fields of `unacked_restores` of those messages that were restored before.
 local count = tonumber(ARGV[1])
 redis.call('ZREM', KEYS[2], unpack(ARGV, 2, count + 1))
 redis.call('HDEL', KEYS[1], unpack(ARGV, 2, count + 1))

@@ -1,55 +1,56 @@
--- Moves messages from lists to `unacked`, as if in no time: whoever dies afterwards, the message is recorded.
--- It never looks into a message, so no content can make it fail.
+-- Moves messages from their lists to `unacked` in one step: if the worker dies afterwards, every message is recorded.
+-- Never parses a message, so no content can make it fail.
 --
 -- KEYS: unacked, unacked_index, unacked_restores, then the lists in the order in which they are served.
--- ARGV: most messages, most bytes (the first message may exceed them), prefix of this fetch's tags, then for
---       each list what closes its records, or '' where nobody will acknowledge and nothing is to be recorded.
--- Returns whether a limit ended it (1 or 0), then for each message: list (from 0), bytes, how often restored, and how
--- often its worker died while it was in hand alone.
+-- ARGV: maximum of messages, maximum of bytes (the first message may exceed it), prefix of this fetch's tags, then for
+--       each list the end of its records (see return_to_list.lua), or '' if its messages need no acknowledgement and
+--       no record.
+-- Returns 1 if a limit ended the fetch, else 0; then for each message: number of its list (from 0), the message, how
+-- often it was restored, and how often a worker died while it had this message and no other in flight.
 local unacked, index, restores = KEYS[1], KEYS[2], KEYS[3]
-local left, room, prefix = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+local messages_left, bytes_left, tag_prefix = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1000000
-local counted = redis.call('EXISTS', restores) == 1
-local out, taken, largest = { 0 }, 0, 1
+local any_restored = redis.call('EXISTS', restores) == 1
+local reply, fetched, largest = { 0 }, 0, 1
 
 for list = 4, #KEYS do
-  local closing = ARGV[list]
-  local slice = 1 -- grows: a list of huge messages must not be read into Lua before the first is measured
-  while left > 0 and room > 0 do
-    local ask = math.max(1, math.min(slice, left, math.floor(room / largest)))
-    local items = redis.call('LRANGE', KEYS[list], -ask, -1)
-    local records, scores, took = {}, {}, 0
-    for i = #items, 1, -1 do
-      local item = items[i]
-      if taken > 0 and #item > room then
-        room = 0
+  local record_end = ARGV[list]
+  local slice = 1 -- grows: a list of huge messages must not be read into Lua before the first one is measured
+  while messages_left > 0 and bytes_left > 0 do
+    local asked = math.max(1, math.min(slice, messages_left, math.floor(bytes_left / largest)))
+    local messages = redis.call('LRANGE', KEYS[list], -asked, -1)
+    local records, scores, taken = {}, {}, 0
+    for i = #messages, 1, -1 do
+      local message = messages[i]
+      if fetched > 0 and #message > bytes_left then
+        bytes_left = 0
         break
       end
-      took, taken = took + 1, taken + 1
-      room, largest = room - #item, math.max(largest, #item)
-      local tag = prefix .. taken
-      records[2 * took - 1], records[2 * took] = tag, '[' .. item .. closing
-      scores[2 * took - 1], scores[2 * took] = now + taken / 1000000, tag -- microseconds keep the order
-      local name = counted and redis.sha1hex(item)
-      local found = counted and redis.call('HGET', restores, name)
-      local alone = found and redis.call('HGET', restores, 'alone:' .. name)
-      out[#out + 1] = list - 4
-      out[#out + 1] = item
-      out[#out + 1] = found and tonumber(found) or 0
-      out[#out + 1] = alone and tonumber(alone) or 0
+      taken, fetched = taken + 1, fetched + 1
+      bytes_left, largest = bytes_left - #message, math.max(largest, #message)
+      local tag = tag_prefix .. fetched
+      records[2 * taken - 1], records[2 * taken] = tag, '[' .. message .. record_end
+      scores[2 * taken - 1], scores[2 * taken] = now + fetched / 1000000, tag -- microseconds keep the order
+      local sha1 = any_restored and redis.sha1hex(message)
+      local restored = any_restored and redis.call('HGET', restores, sha1)
+      local deaths = restored and redis.call('HGET', restores, 'alone:' .. sha1)
+      reply[#reply + 1] = list - 4
+      reply[#reply + 1] = message
+      reply[#reply + 1] = restored and tonumber(restored) or 0
+      reply[#reply + 1] = deaths and tonumber(deaths) or 0
     end
-    if took > 0 then
-      if closing ~= '' then -- recorded first: should this fail, the list is as it was
+    if taken > 0 then
+      if record_end ~= '' then -- recorded first: if this fails, the list is unchanged
         redis.call('HSET', unacked, unpack(records))
         redis.call('ZADD', index, unpack(scores))
       end
-      redis.call('LTRIM', KEYS[list], 0, -(took + 1))
+      redis.call('LTRIM', KEYS[list], 0, -(taken + 1))
     end
-    left = left - took
-    if took < ask then break end
+    messages_left = messages_left - taken
+    if taken < asked then break end
     slice = math.min(slice * 4, 64)
   end
 end
-if left <= 0 or room <= 0 then out[1] = 1 end
-return out
+if messages_left <= 0 or bytes_left <= 0 then reply[1] = 1 end
+return reply

@@ -1,10 +1,10 @@
--- Puts these messages back without counting it against them: their worker is well and gives them up.
--- ARGV also: RPUSH (served next) or LPUSH (served last), then the tags, oldest first.
--- Returns how many of the tags, from the first, are still to be done because the bytes were used up.
+-- Requeues messages: their worker is alive and returns them to their lists. Not counted against them.
+-- Appended to return_to_list.lua. Further ARGV: RPUSH (served next) or LPUSH (served last); the tags, oldest first.
+-- Returns how many of the tags, from the first on, are left because the limit in bytes was reached.
 local push = ARGV[6]
 local tags = #ARGV
-while tags > 6 and room > 0 do
-  put_back(ARGV[tags], push) -- what fits nowhere stays in `unacked`, and the next restore reports it
+while tags > 6 and bytes_left > 0 do
+  return_to_list(ARGV[tags], push) -- a message that fits no list stays in `unacked`; the next restore reports it
   tags = tags - 1
 end
 return tags - 6

@@ -1,24 +1,25 @@
--- Puts back what nobody has given a sign of life for, and counts it against the message.
--- ARGV also: seconds without a sign of life, most messages.
--- Newest first and to the right, where consumers pop: so the oldest is served first, and in the old order.
--- Returns how many went back, how many fit nowhere (they stay, and are tried again a timeout later), and whether
--- there may be more.
+-- Restores messages whose last heartbeat is older than the visibility timeout, and counts that against each of them.
+-- Appended to return_to_list.lua. Further ARGV: visibility timeout in seconds, maximum of messages.
+-- Starts with the newest and pushes to the right, where consumers pop: the oldest is served first, in the old order.
+-- Returns the number of restored messages, the number of messages that fit no list (they stay in `unacked`, and the
+-- next try comes a visibility timeout later), and 1 if there may be more to restore, else 0.
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1000000
-local most = tonumber(ARGV[7])
-local late = redis.call('ZRANGE', index, now - tonumber(ARGV[6]), '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, most)
-local restored, stuck, seen = 0, 0, 0
-for _, tag in ipairs(late) do
-  if room <= 0 then break end
-  seen = seen + 1
-  local item = put_back(tag, 'RPUSH')
-  if not item then
+local max = tonumber(ARGV[7])
+local expired = redis.call('ZRANGE', index, now - tonumber(ARGV[6]), '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, max)
+local restored, stuck, processed = 0, 0, 0
+for _, tag in ipairs(expired) do
+  if bytes_left <= 0 then break end
+  processed = processed + 1
+  local message = return_to_list(tag, 'RPUSH')
+  if not message then
     stuck = stuck + 1
     redis.call('ZADD', index, 'XX', now, tag)
-  elseif item ~= '' then
+  elseif message ~= '' then
     restored = restored + 1
-    redis.call('HINCRBY', restores, redis.sha1hex(item), 1)
+    redis.call('HINCRBY', restores, redis.sha1hex(message), 1)
   end
 end
-if restored > 0 then redis.call('EXPIRE', restores, 604800) end -- a week: what is purged leaves no trace for ever
-return { restored, stuck, (seen < #late or #late == most) and 1 or 0 }
+-- A week: the counts of messages that were purged must not stay for ever.
+if restored > 0 then redis.call('EXPIRE', restores, 604800) end
+return { restored, stuck, (processed < #expired or #expired == max) and 1 or 0 }
