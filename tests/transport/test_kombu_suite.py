@@ -19,6 +19,8 @@ import pytest
 
 from tests.kit.servers import Broker
 
+pytestmark = pytest.mark.network
+
 HERE = Path(__file__).parent
 UNIT, LIVE = "t/unit/transport/test_redis.py", "t/integration/test_redis.py"
 
