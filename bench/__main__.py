@@ -1,12 +1,13 @@
-"""`python -m bench [NAMES]`: measure, print tables, and say which targets are met."""
+"""`python -m bench [NAMES]`: measure, print tables, and compare them with the targets."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -22,56 +23,68 @@ from .memory import memory
 from .plans import plans
 from .report import Report
 from .stage import Stage
-from .throughput import throughput
+from .throughput import NAMES, throughput
 
-#: Name → benchmark; its argument is how much of the full length to run.
-BENCHMARKS: Final[dict[str, Callable[[Stage, float], Report]]] = {
-    "engine": lambda stage, scale: engine(stage, repetitions=_repetitions(scale), scale=scale),
-    "plans": lambda stage, scale: plans(stage, scale=scale),
-    "throughput": lambda stage, scale: throughput(stage, repetitions=_repetitions(scale), scale=scale),
-    "latency": lambda stage, scale: latency(stage, scale=scale),
-    "lanes": lambda stage, scale: lanes(stage, repetitions=_repetitions(scale), scale=scale),
-    "memory": lambda stage, scale: memory(stage, scale=scale),
+BENCHMARKS: Final[dict[str, Callable[..., Report]]] = {
+    "engine": engine,
+    "plans": plans,
+    "throughput": throughput,
+    "latency": latency,
+    "lanes": lanes,
+    "memory": memory,
 }
-#: What takes too long to be run without being asked for.
-ON_REQUEST: Final = ("memory",)
-QUICK: Final = 0.2
-
-
-def _repetitions(scale: float) -> int:
-    return 3 if scale >= 1 else 1
+#: Benchmarks that report the median of several turns.
+REPEATED: Final = {"engine", "throughput", "lanes"}
+#: Benchmarks that run only when they are named, because they take long.
+ON_REQUEST: Final = {"memory"}
+QUICK_SCALE: Final = 0.2
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help=f"Some of: {', '.join(BENCHMARKS)}.")] = None,
-    quick: Annotated[bool, typer.Option(help="A fifth of the events, once: to see that it works.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here, too.")] = None,
+    quick: Annotated[bool, typer.Option(help="A fifth of the events, one turn.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"Of throughput: some of {', '.join(NAMES)}.")] = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="Turns of each measurement, instead of 3.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write each single figure to this file.")] = None,
 ) -> None:
-    """Measure on servers of our own that sync every commit and every write."""
-    wanted = names or [name for name in BENCHMARKS if name not in ON_REQUEST]
-    if unknown := set(wanted) - BENCHMARKS.keys():
+    """Measure on servers of its own that sync every commit and every write."""
+    chosen = names or [name for name in BENCHMARKS if name not in ON_REQUEST]
+    if unknown := set(chosen) - BENCHMARKS.keys():
         raise typer.BadParameter(f"There is no {', '.join(sorted(unknown))}: {', '.join(BENCHMARKS)}.")
-    console = make_console()
-    with Stage.of_its_own() as stage:
-        reports = run(stage, wanted, QUICK if quick else 1.0, console)
+    if unknown := set(only or ()) - set(NAMES):
+        raise typer.BadParameter(f"There is no {', '.join(sorted(unknown))}: {', '.join(NAMES)}.")
+    with Stage.start() as stage:
+        reports = run(stage, chosen, QUICK_SCALE if quick else 1.0, make_console(), turns=turns, only=only or NAMES)
     if json_file:
-        found = {
+        figures = {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "processors": os.cpu_count(),
             "python": platform.python_version(),
             "quick": quick,
             "reports": [report.as_json() for report in reports],
         }
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def run(stage: Stage, names: list[str], scale: float, console: Console) -> list[Report]:
-    """The reports of these benchmarks, shown one after the other."""
+def run(
+    stage: Stage,
+    names: Sequence[str],
+    scale: float,
+    console: Console,
+    *,
+    turns: int | None = None,
+    only: Sequence[str] = NAMES,
+) -> list[Report]:
+    """Run these benchmarks one after the other and print their reports; `scale` 1 is the full length."""
     reports = []
     for name in names:
-        report = BENCHMARKS[name](stage, scale)
-        report.show(console)
-        reports.append(report)
+        benchmark = partial(BENCHMARKS[name], stage, scale=scale)
+        if name in REPEATED:
+            benchmark = partial(benchmark, turns=turns or (3 if scale >= 1 else 1))
+        if name == "throughput":
+            benchmark = partial(benchmark, only=only)
+        reports.append(benchmark())
+        reports[-1].print(console)
     return reports
 
 

@@ -1,4 +1,4 @@
-"""The ledger's engine beside raw COPY: the same rows into the same tables, constraints and triggers on, in turn."""
+"""The ledger's engine beside raw COPY of the same rows into the same tables, constraints and triggers enabled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .workload import events, open_accounts
 ACCOUNTS = (1, 10, 10_000)
 WARM_UP = 2  # batches, not timed
 
-#: Events a batch → batches a run.
+#: Events in a batch → batches in a run.
 BATCHES = {1: 120, 50: 40, 500: 20}
 
 _KEYS = "unnest(%(users)s::text[], %(keys)s::text[]) WITH ORDINALITY AS x (u, k, place)"
@@ -28,7 +28,7 @@ _KEYS = "unnest(%(users)s::text[], %(keys)s::text[]) WITH ORDINALITY AS x (u, k,
 
 @dataclass
 class Pair:
-    """Seconds of each batch, the engine's and COPY's."""
+    """Seconds of each batch, for the engine and for COPY."""
 
     size: int
     users: int
@@ -44,16 +44,16 @@ class Pair:
         return self.size * len(self.copy) / sum(self.copy)
 
 
-def engine(stage: Stage, *, repetitions: int = 3, scale: float = 1.0) -> Report:
+def engine(stage: Stage, *, turns: int = 3, scale: float = 1.0) -> Report:
     """Batches of 1, 50 and 500 events over 1, 10 and 10,000 accounts."""
     kinds = [(size, users) for size in BATCHES for users in ACCOUNTS]
-    found: dict[tuple[int, int], list[Pair]] = {kind: [] for kind in kinds}
-    for repetition in range(repetitions):
-        for size, users in kinds[:: 1 if repetition % 2 == 0 else -1]:
+    measured: dict[tuple[int, int], list[Pair]] = {kind: [] for kind in kinds}
+    for turn in range(turns):
+        for size, users in kinds[:: 1 if turn % 2 == 0 else -1]:
             batches = max(int(BATCHES[size] * scale), 2)
-            found[size, users].append(measure(stage, size, users, batches, seed=repetition))
+            measured[size, users].append(measure(stage, size, users, batches, seed=turn))
     table = Table(
-        f"one connection, events/s, median of {repetitions}",
+        f"one connection, events/s, median of {turns}",
         ("events a batch", "accounts", "engine", "raw COPY", "engine ÷ COPY"),
         [
             (
@@ -63,10 +63,12 @@ def engine(stage: Stage, *, repetitions: int = 3, scale: float = 1.0) -> Report:
                 rate([pair.copy_rate for pair in pairs]),
                 ratio([pair.engine_rate / pair.copy_rate for pair in pairs]),
             )
-            for (size, users), pairs in found.items()
+            for (size, users), pairs in measured.items()
         ],
     )
-    hot = [one.engine_rate / many.engine_rate for one, many in zip(found[500, 1], found[500, 10_000], strict=True)]
+    hot = [
+        one.engine_rate / many.engine_rate for one, many in zip(measured[500, 1], measured[500, 10_000], strict=True)
+    ]
     return Report(
         "engine",
         "Ledger.settle, hash chain included, and raw COPY of the rows it wrote, batch by batch in turn; commits synced",
@@ -75,7 +77,7 @@ def engine(stage: Stage, *, repetitions: int = 3, scale: float = 1.0) -> Report:
             *(
                 Target(
                     f"batches of 500 over {users:,} accounts ÷ raw COPY",
-                    median([pair.engine_rate / pair.copy_rate for pair in found[500, users]]),
+                    median([pair.engine_rate / pair.copy_rate for pair in measured[500, users]]),
                     0.35,
                 )
                 for users in ACCOUNTS
@@ -86,43 +88,43 @@ def engine(stage: Stage, *, repetitions: int = 3, scale: float = 1.0) -> Report:
             f"{size} a batch, {users} accounts": [
                 {"engine": pair.engine_rate, "copy": pair.copy_rate} for pair in pairs
             ]
-            for (size, users), pairs in found.items()
+            for (size, users), pairs in measured.items()
         },
     )
 
 
 def measure(stage: Stage, size: int, users: int, batches: int, *, seed: int = 0) -> Pair:
-    """One run on two fresh databases of one server: each batch on the one, then its rows on the other."""
-    wanted = events((batches + WARM_UP) * size, users, seed=seed)
+    """One run on two databases of one server: the engine writes a batch to one, then COPY its rows to the other."""
+    sent = events((batches + WARM_UP) * size, users, seed=seed)
     pair = Pair(size, users)
-    with stage.run() as ours, stage.run() as raw:
-        open_accounts(ours.database_url, users)
+    with stage.run() as run, stage.run() as raw:
+        open_accounts(run.database_url, users)
         open_accounts(raw.database_url, users)
-        ledger = Ledger(ours.settings(), stripe=1)
+        ledger = Ledger(run.settings(), stripe=1)
         try:
             with raw.ledger_connection() as connection:
                 for number in range(batches + WARM_UP):
-                    batch = wanted[number * size : (number + 1) * size]
+                    batch = sent[number * size : (number + 1) * size]
                     deliveries = [Delivery.of(event) for event in batch]
                     began = time.perf_counter()
                     ledger.settle(deliveries)
-                    between = time.perf_counter()
-                    rows = _rows(ours, [event.user_id for event in batch], [event.idempotency_key for event in batch])
+                    settled = time.perf_counter()
+                    rows = _rows(run, [event.user_id for event in batch], [event.idempotency_key for event in batch])
                     resumed = time.perf_counter()
                     copy(connection, rows)
                     ended = time.perf_counter()
                     if number >= WARM_UP:
-                        pair.engine.append(between - began)
+                        pair.engine.append(settled - began)
                         pair.copy.append(ended - resumed)
         finally:
             ledger.close()
-        ours.verify()
-        assert ours.records() == raw.records() == len(wanted)
+        run.verify()
+        assert run.records() == raw.records() == len(sent)
     return pair
 
 
 def copy(connection: psycopg.Connection[Any], rows: dict[str, bytes]) -> None:
-    """What no engine can beat: rows that are there already, table by table, in one transaction."""
+    """The upper bound of any engine: rows that exist already, table by table, in one transaction."""
     with connection.transaction(), connection.cursor() as cursor:
         for table, lines in rows.items():
             with cursor.copy(f"COPY {table} ({store.RECORDED[table]}) FROM STDIN".encode()) as writing:
@@ -130,8 +132,8 @@ def copy(connection: psycopg.Connection[Any], rows: dict[str, bytes]) -> None:
 
 
 def _rows(run: Run, users: list[str], keys: list[str]) -> dict[str, bytes]:
-    """What the engine wrote for these keys, as COPY reads it, in the order it was written."""
-    found = {}
+    """The rows that the engine wrote for these keys, in COPY's format and in the order of writing."""
+    rows = {}
     for table in ("transaction_record", "accrual_record", "burned_credit"):
         columns = ", ".join(f"r.{column}" for column in store.RECORDED[table].split(", "))
         of_keys = (
@@ -142,5 +144,5 @@ def _rows(run: Run, users: list[str], keys: list[str]) -> dict[str, bytes]:
             statement = f"COPY ({of_keys}) TO STDOUT".encode()
             with cursor.copy(statement, {"users": users, "keys": keys}) as reading:
                 if lines := b"".join(bytes(part) for part in reading):
-                    found[table] = lines
-    return found
+                    rows[table] = lines
+    return rows

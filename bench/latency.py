@@ -1,4 +1,4 @@
-"""One event at a time: from publishing until it can be read, beside what the servers alone take."""
+"""The latency of one event, from publish to commit, beside a bare commit and a bare write to Valkey."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .workload import events, open_accounts
 
 USERS = 100
 WARM_UP = 20
-_PAUSE = 0.05  # seconds between two events: the worker is idle again
+PAUSE = 0.05  # seconds between two events, so that the worker is idle
+TIMEOUT = 60  # seconds; an idle worker takes milliseconds
 
 
 def latency(stage: Stage, *, scale: float = 1.0) -> Report:
-    """An idle worker's answer, a bare commit and a bare write to Valkey, in turn."""
     count = max(int(300 * scale), 5)
     committed: list[float] = []
     commits: list[float] = []
     writes: list[float] = []
-    wanted = events(WARM_UP + count, USERS)
+    sent = events(WARM_UP + count, USERS)
     with stage.run() as run:
         open_accounts(run.database_url, USERS)
         run.owner.execute("CREATE TABLE scratch (n int)")
         with run.workers(tokentrail_worker(), consumers=1), Publisher(stage.broker_url) as publisher:
-            for number, event in enumerate(wanted):
+            for number, event in enumerate(sent):
                 began = time.perf_counter()
                 publisher.publish(event)
                 while (
@@ -36,19 +36,19 @@ def latency(stage: Stage, *, scale: float = 1.0) -> Report:
                     ).fetchone()
                     is None
                 ):
-                    if time.perf_counter() - began > 60:  # noqa: PLR2004 - an idle worker takes milliseconds
-                        raise BenchmarkError("An idle worker did not apply an event within 60 s.")
+                    if time.perf_counter() - began > TIMEOUT:
+                        raise BenchmarkError(f"An idle worker did not apply an event within {TIMEOUT} s.")
                     time.sleep(0.0005)
-                seen = time.perf_counter()
+                read = time.perf_counter()
                 run.owner.execute("INSERT INTO scratch VALUES (1)")
                 durable = time.perf_counter()
                 run.redis.set("scratch", 1)
                 written = time.perf_counter()
                 if number >= WARM_UP:
-                    committed.append((seen - began) * 1000)
-                    commits.append((durable - seen) * 1000)
+                    committed.append((read - began) * 1000)
+                    commits.append((durable - read) * 1000)
                     writes.append((written - durable) * 1000)
-                time.sleep(_PAUSE)
+                time.sleep(PAUSE)
         run.verify()
     measured = {
         "published → committed": committed,
@@ -57,7 +57,7 @@ def latency(stage: Stage, *, scale: float = 1.0) -> Report:
     }
     return Report(
         "latency",
-        f"{count} events one at a time to an idle worker; seen by polling every half millisecond",
+        f"{count} events one at a time to an idle worker; the record is polled for every half millisecond",
         [
             Table(
                 "milliseconds",

@@ -1,4 +1,4 @@
-"""One worker over many events: its memory must not grow with what it has done."""
+"""The memory of one worker over many events: it must not grow."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from schema.publisher import Publisher
 
 from .report import Report, Table, Target
-from .stage import GIVE_UP, Stage, tokentrail_worker
+from .stage import RUN_TIMEOUT, Stage, tokentrail_worker
 from .workload import events, open_accounts
 
 USERS = 10_000
-_PART = 10_000  # events published at a time: the backlog, and so Valkey's memory, stays bounded
+PART = 10_000  # events published at a time, which bounds the backlog in Valkey
 
 
 def memory(stage: Stage, *, scale: float = 1.0) -> Report:
-    """Resident memory after each part; the last half is held against the first tenth."""
+    """Resident memory after each part; the target compares the last half with the first tenth."""
     parts = max(int(50 * scale), 4)
-    part = _PART if scale >= 1 else max(int(_PART * scale), 40)
+    part = PART if scale >= 1 else max(int(PART * scale), 40)
     resident: list[float] = []
     with stage.run() as run:
         open_accounts(run.database_url, USERS)
@@ -31,7 +31,7 @@ def memory(stage: Stage, *, scale: float = 1.0) -> Report:
     early, late = resident[max(parts // 10 - 1, 0)], max(resident[parts // 2 :])
     return Report(
         "memory",
-        f"{parts * part:,} events through one worker, {part:,} at a time, at most {GIVE_UP:.0f} s each",
+        f"{parts * part:,} events through one worker, {part:,} at a time, at most {RUN_TIMEOUT:.0f} s each",
         [
             Table(
                 "resident memory of the worker, MiB",
@@ -43,7 +43,7 @@ def memory(stage: Stage, *, scale: float = 1.0) -> Report:
                 ],
             )
         ],
-        [Target("a tenth through ÷ the most of the second half", early / late, 0.95)],
+        [Target("after a tenth ÷ maximum of the second half", early / late, 0.95)],
         {"resident_mib": resident},
     )
 

@@ -1,8 +1,7 @@
-"""The worker that most people would write: one Celery task an event, one SQLAlchemy session a task.
+"""A plain Celery worker: one task for each event, one SQLAlchemy session for each task, kombu's own Redis transport.
 
-Run as `celery -A bench.naive worker -P prefork -c 2 -E` on kombu's own Redis transport. It takes the very messages that
-ours takes, and issues a naive worker's statements on our tables; what our columns ask for beyond that it fills with
-constants, as cheaply as can be: its hashes are zeros, and it checks no field.
+`celery -A bench.naive worker -P prefork -c 2 -E`. It reads the same messages and writes the same tables as
+tokentrail's worker. It validates nothing, and fills columns that it does not need with constants: hashes are zeros.
 """
 
 from __future__ import annotations
@@ -111,14 +110,14 @@ def burn(action: str, **event: Any) -> str:
     return apply("burn", action, event)
 
 
-def apply(kind: str, what: str, event: dict[str, Any]) -> str:
+def apply(kind: str, purpose: str, event: dict[str, Any]) -> str:
     amount = Decimal(event["amount"])
     user = event["user_id"]
     with Session(engine) as session, session.begin():
-        known = select(TransactionRecord.sequence).where(
+        duplicate = select(TransactionRecord.sequence).where(
             TransactionRecord.user_id == user, TransactionRecord.idempotency_key == event["idempotency_key"]
         )
-        if session.scalar(known):
+        if session.scalar(duplicate):
             return "duplicate"
         session.execute(insert(Account).values(user_id=user).on_conflict_do_nothing())
         account = session.scalar(select(Account).where(Account.user_id == user).with_for_update())
@@ -131,11 +130,11 @@ def apply(kind: str, what: str, event: dict[str, Any]) -> str:
             account.opening_balance, account.head_hash = before, NO_HASH
         account.balance, account.sequence = after, account.sequence + 1
         row = {"user_id": user, "sequence": account.sequence, "amount": amount, "created_at": datetime.now(UTC)}
-        moved = {"balance_before": before, "balance_after": after}
+        balances = {"balance_before": before, "balance_after": after}
         session.add(
             TransactionRecord(
                 **row,
-                **moved,
+                **balances,
                 idempotency_key=event["idempotency_key"],
                 type=kind,
                 details=event["metadata"],
@@ -147,9 +146,9 @@ def apply(kind: str, what: str, event: dict[str, Any]) -> str:
         supply = session.scalar(select(GlobalTokenBalance).where(GlobalTokenBalance.id == STRIPE).with_for_update())
         assert supply is not None
         if kind == "accrual":
-            session.add(AccrualRecord(**row, source=what))
+            session.add(AccrualRecord(**row, source=purpose))
             supply.issued += amount
         else:
-            session.add(BurnedCredit(**row, **moved, action=what))
+            session.add(BurnedCredit(**row, **balances, action=purpose))
             supply.burned += amount
     return "applied"

@@ -1,4 +1,4 @@
-"""How the look-up finds its rows: on tables that nobody has analysed, and on large ones."""
+"""The look-up's plan and time, on tables without statistics and on large tables."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ USERS = 10_000
 KEYS = 500
 
 
-class _Noted(psycopg.Cursor[Any]):
-    """A cursor that keeps what it was asked."""
+class _RecordingCursor(psycopg.Cursor[Any]):
+    """A cursor that keeps the last statement and its parameters."""
 
-    asked: tuple[Any, Any]
+    last: tuple[Any, Any]
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
-        self.asked = (query, params)
+        self.last = (query, params)
         return super().execute(query, params, **options)
 
 
 def plans(stage: Stage, *, scale: float = 1.0) -> Report:
-    """The plan and the time of one look-up of 500 keys."""
+    """One look-up of 500 keys."""
     many = max(int(1_000_000 * scale), 1000)
     timing = Table("one look-up of 500 new keys, milliseconds", ("records", "statistics", "median of 20", "highest"))
     plan = Table("the plan: nodes that read tables", ("records, statistics", "node"))
@@ -45,14 +45,14 @@ def plans(stage: Stage, *, scale: float = 1.0) -> Report:
             if analysed:
                 run.owner.execute("ANALYZE")
             statistics = "analysed" if analysed else "never analysed"
-            milliseconds, nodes = _look(run)
+            milliseconds, nodes = _measure(run)
             timing.rows.append((f"{records:,}", statistics, f"{median(milliseconds):.1f}", f"{max(milliseconds):.1f}"))
             plan.rows += [(f"{records:,}, {statistics}", node) for node in nodes]
             figures[f"{records}, {statistics}"] = {"milliseconds": milliseconds, "nodes": nodes}
-    return Report("plans", "the engine's own statement in a session as a worker has it", [timing, plan], [], figures)
+    return Report("plans", "the engine's statement in a session with a worker's settings", [timing, plan], [], figures)
 
 
-def _look(run: Run) -> tuple[list[float], list[str]]:
+def _measure(run: Run) -> tuple[list[float], list[str]]:
     deliveries = [Delivery.of(event) for event in events(KEYS, USERS)]
     milliseconds = []
     with run.ledger_connection() as connection:
@@ -61,16 +61,16 @@ def _look(run: Run) -> tuple[list[float], list[str]]:
             with connection.cursor() as cursor:
                 store.look_up(cursor, deliveries)
             milliseconds.append((time.perf_counter() - began) * 1000)
-        with _Noted(connection) as noted:
-            store.look_up(noted, deliveries)
-            query, params = noted.asked
+        with _RecordingCursor(connection) as recording:
+            store.look_up(recording, deliveries)
+            query, params = recording.last
         lines = [row[0] for row in connection.execute(f"EXPLAIN (COSTS OFF) {query}".encode(), params)]
     nodes = [line.strip().removeprefix("->  ") for line in lines]
     return milliseconds, [node for node in nodes if "Scan" in node and " on " in node and "unnest" not in node]
 
 
 def _fill(run: Run, count: int) -> None:
-    """So many records, without the triggers and foreign keys that have no part in a look-up."""
+    """Insert `count` records, without triggers and foreign keys, which a look-up does not use."""
     with run.owner.transaction():
         run.owner.execute("SET LOCAL session_replication_role = replica")
         run.owner.execute(

@@ -1,4 +1,4 @@
-"""What a benchmark found: tables with medians and ratios, and targets that are met or missed."""
+"""The report of a benchmark: tables with medians and ratios, and targets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 
 @dataclass
 class Table:
-    """Figures as a person reads them; the first column names the row."""
+    """Formatted figures; the first column names the row."""
 
     title: str
     columns: Sequence[str]
@@ -23,7 +23,7 @@ class Table:
 
 @dataclass
 class Target:
-    """A figure that was promised; `at_least` is a ratio within one run."""
+    """A ratio within one run, and the least that it must be."""
 
     sentence: str
     measured: float
@@ -36,7 +36,7 @@ class Target:
 
 @dataclass
 class Report:
-    """What one benchmark found. `figures` holds every single measurement, for whoever computes with them."""
+    """The results of one benchmark. `figures` holds each single measurement."""
 
     name: str
     method: str
@@ -45,23 +45,22 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """The whole report as a JSON object."""
         return {**asdict(self), "targets": [{**asdict(target), "met": target.met} for target in self.targets]}
 
-    def show(self, console: Console) -> None:
-        """Print it."""
+    def print(self, console: Console) -> None:
         console.print(f"\n{self.name}: {self.method}", style="bold")
         for table in self.tables:
-            shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+            rich_table = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
             for number, column in enumerate(table.columns):
-                shown.add_column(column, justify="right" if number else "left")
+                rich_table.add_column(column, justify="right" if number else "left")
             for row in table.rows:
-                shown.add_row(*row)
-            console.print(shown)
+                rich_table.add_row(*row)
+            console.print(rich_table)
         for target in self.targets:
             verdict = "met" if target.met else "missed"
             console.print(
-                f"  {verdict:6}  {target.sentence}: {target.measured:.2f}, wanted {target.at_least:g}",
+                f"  {verdict:6}  {target.sentence}: {target.measured:.2f}, target {target.at_least:g}",
                 style="green" if target.met else "red",
             )
 
@@ -78,11 +77,11 @@ def ratio(values: Sequence[float]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The lowest and the highest."""
+    """The lowest and the highest rate."""
     return f"{min(values):,.0f} … {max(values):,.0f}"
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which so many per cent of the values are."""
+    """The value below which `percent` per cent of the values are."""
     ordered = sorted(values)
     return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)]

@@ -1,4 +1,4 @@
-"""Where benchmarks run: durable servers of their own, a fresh database a run, workers, and when all is done."""
+"""Durable servers, a fresh database for each run, workers, and waiting until all events are applied."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from worker.local import embedded
 from worker.migration import migrate
 from worker.processes import Child, Family
 
-#: Seconds after which a run that does not end is given up.
-GIVE_UP: Final = 300.0
-
-_POLL: Final = 0.01  # seconds
+RUN_TIMEOUT: Final = 300.0  # seconds
+START_TIMEOUT: Final = 60.0  # seconds
+STOP_TIMEOUT: Final = 30.0  # seconds
+_POLL_INTERVAL: Final = 0.01  # seconds
 
 
 class BenchmarkError(Exception):
-    """A run did not do what it should have; its figures would mean nothing."""
+    """A run did not end, a worker failed or an invariant is broken: there are no figures."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Stage:
 
     @classmethod
     @contextlib.contextmanager
-    def of_its_own(cls) -> Iterator[Self]:
-        """Servers that are thrown away afterwards."""
+    def start(cls) -> Iterator[Self]:
+        """Start servers, and remove them with their data afterwards."""
         with (
             embedded.servers(durable=True) as servers,
             tempfile.TemporaryDirectory(prefix="tokentrail-bench-") as logs,
-            cls.on(servers.database_url, servers.broker_url, Path(logs)) as stage,
+            cls.using(servers.database_url, servers.broker_url, Path(logs)) as stage,
         ):
             yield stage
 
     @classmethod
     @contextlib.contextmanager
-    def on(cls, server_url: str, broker_url: str, logs: Path) -> Iterator[Self]:
-        """Servers that are there: a template with the schema is made on one, and the other is flushed at will."""
+    def using(cls, server_url: str, broker_url: str, logs: Path) -> Iterator[Self]:
+        """Use running servers: creates databases on PostgreSQL and flushes the Redis database."""
         template = _create(server_url, "template1")
         try:
             migrate(_named(server_url, template))
@@ -67,7 +67,7 @@ class Stage:
 
     @contextlib.contextmanager
     def run(self) -> Iterator[Run]:
-        """A migrated, empty database and an empty broker, for one measurement."""
+        """A migrated, empty database and an empty broker."""
         name = _create(self.server_url, self.template)
         url = _named(self.server_url, name)
         try:
@@ -80,7 +80,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """One measurement's database, and the broker."""
+    """The database and the broker of one measurement."""
 
     stage: Stage
     database_url: str
@@ -88,21 +88,21 @@ class Run:
     owner: psycopg.Connection[Any]
 
     def settings(self) -> Settings:
-        """The settings of a worker of this run."""
+        """The settings of this run's workers."""
         return Settings(DATABASE_URL=self.database_url, BROKER_URL=self.stage.broker_url)
 
     def ledger_connection(self) -> psycopg.Connection[Any]:
-        """A connection as the worker has it."""
+        """A connection with the worker's session settings."""
         return connect(self.database_url, self.settings())
 
     @contextlib.contextmanager
     def workers(self, *commands: Sequence[str], consumers: int, **settings: str) -> Iterator[list[int]]:
-        """Run these programs until the block is left; yields their pids once so many consumers are connected."""
+        """Run these commands while the block runs; yields their pids once `consumers` workers are connected."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TOKENTRAIL_")}
         environment |= {
             "DATABASE_URL": self.database_url,
             "BROKER_URL": self.stage.broker_url,
-            "TOKENTRAIL_HOME": str(self.stage.logs),  # no `tokentrail up` of this folder decides what is measured
+            "TOKENTRAIL_HOME": str(self.stage.logs),  # else the servers of a running `tokentrail up` would be used
             **{f"TOKENTRAIL_{name.upper()}": value for name, value in settings.items()},
         }
         family = Family()
@@ -113,55 +113,57 @@ class Run:
         try:
             for child in children:
                 family.add(child)
-            self._await(lambda: self._consumers() >= consumers, children, 60)
+            self._await(lambda: self._consumers() >= consumers, children, START_TIMEOUT)
             yield [child.pid for child in children]
             for child in children:
                 if not child.running:
                     raise BenchmarkError(f"{child.name} {child.last_words}")
         finally:
-            family.stop(children, grace=30)
+            family.stop(children, grace=STOP_TIMEOUT)
 
     def _consumers(self) -> int:
-        # Each worker listens to remote control.
+        # Each worker subscribes to remote control.
         return sum(client["psub"] != "0" for client in self.redis.client_list())
 
-    def _await(self, holds: Callable[[], bool], children: Sequence[Child] = (), seconds: float = GIVE_UP) -> None:
-        end = time.monotonic() + seconds
-        while not holds():
+    def _await(
+        self, condition: Callable[[], bool], children: Sequence[Child] = (), timeout: float = RUN_TIMEOUT
+    ) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
             for child in children:
                 if not child.running:
                     raise BenchmarkError(f"{child.name} {child.last_words}")
-            if time.monotonic() > end:
-                raise BenchmarkError(f"A run did not end within {seconds:.0f} s; logs are in {self.stage.logs}.")
-            time.sleep(_POLL)
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"A run did not end within {timeout:.0f} s; logs are in {self.stage.logs}.")
+            time.sleep(_POLL_INTERVAL)
 
     def records(self) -> int:
-        """How many events are applied."""
+        """The number of applied events."""
         row = self.owner.execute("SELECT count(*) FROM transaction_record").fetchone()
         assert row is not None
         return int(row[0])
 
     def await_applied(self, records: int, queues: Sequence[str] = ("tokens",)) -> None:
-        """Return when so many records are committed and Redis holds no message any more, queued or in hand."""
+        """Wait until `records` records are committed and Redis holds no message, queued or in flight."""
 
         def done() -> bool:
             with self.redis.pipeline(transaction=False) as pipe:
                 for queue in queues:
                     pipe.llen(queue)
                 pipe.hlen("unacked")
-                # kombu's own transport has a moment in which a message is in neither.
+                # With kombu's own transport a message is in neither for a moment, hence the records too.
                 return not any(pipe.execute()) and self.records() == records
 
         self._await(done)
 
     def verify(self) -> None:
-        """Raise BenchmarkError unless every invariant of the ledger holds: what is fast must be right."""
+        """Raise BenchmarkError unless every invariant of the ledger holds."""
         if broken := check(self.owner):
-            raise BenchmarkError(f"After the run this does not hold: {broken[0].sentence} {broken[0].rows[:1]}")
+            raise BenchmarkError(f"The run broke an invariant: {broken[0].sentence} {broken[0].rows[:1]}")
 
 
 def tokentrail_worker(*arguments: str) -> list[str]:
-    """The command of our worker."""
+    """The command line of a tokentrail worker."""
     return [sys.executable, "-m", "worker.cli", "worker", *arguments]
 
 

@@ -1,4 +1,4 @@
-"""The events: half accruals, half burns that the balances cover, small metadata, a new key each."""
+"""The events: half accruals, half burns that the balances cover, each with small metadata and a new key."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import psycopg
 
 from schema.events import Accrual, Burn, Event
 
-#: What each account holds beforehand, from before the trail: every burn is covered, in whatever order they come.
-OPENING: Final = Decimal(1_000_000)
+#: Each account's legacy balance: it covers every burn, in whatever order the events arrive.
+OPENING_BALANCE: Final = Decimal(1_000_000)
 
 
 def open_accounts(database_url: str, users: int) -> None:
-    """Make the accounts `user-0`, `user-1` …, as a system has them whose trail begins now."""
+    """Insert the accounts `user-0`, `user-1` … with a balance of the legacy schema."""
     with psycopg.connect(database_url) as connection:
         connection.execute(
             "INSERT INTO account (user_id, balance) SELECT 'user-' || n, %s FROM generate_series(0, %s) AS n",
-            (OPENING, users - 1),
+            (OPENING_BALANCE, users - 1),
         )
-        connection.execute("UPDATE global_token_balance SET balance = %s WHERE id = 0", (OPENING * users,))
+        connection.execute("UPDATE global_token_balance SET balance = %s WHERE id = 0", (OPENING_BALANCE * users,))
 
 
 def events(count: int, users: int, *, seed: int = 1) -> list[Event]:
-    """So many events of so many users, the same for the same seed."""
+    """`count` events of `users` users, the same for the same seed."""
     random = Random(seed)
-    made: list[Event] = []
+    result: list[Event] = []
     for number in range(count):
         user_id = f"user-{random.randrange(users)}"
         key = str(uuid.UUID(int=random.getrandbits(128), version=4))
         details = f'{{"order":{number},"plan":"pro"}}'
-        # Checked already, by whoever makes the keys: building them is no part of what is measured.
+        # Validation is not measured, so the events skip it.
         if number % 2:
             amount = Decimal(random.randint(1, 10**9)) / 10**7
             event: Event = Burn.model_construct(
@@ -44,5 +44,5 @@ def events(count: int, users: int, *, seed: int = 1) -> list[Event]:
             event = Accrual.model_construct(
                 user_id=user_id, amount=amount, idempotency_key=key, metadata=details, source="purchase"
             )
-        made.append(event)
-    return made
+        result.append(event)
+    return result
