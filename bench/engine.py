@@ -9,8 +9,8 @@ from typing import Any
 
 import psycopg
 
-from worker.ledger import store
 from worker.ledger.deliveries import Delivery
+from worker.ledger.rows import APPENDED
 from worker.ledger.settle import Ledger
 
 from .report import Report, Table, Target, rate, ratio
@@ -127,7 +127,7 @@ def copy(connection: psycopg.Connection[Any], rows: dict[str, bytes]) -> None:
     """The upper bound of any engine: rows that exist already, table by table, in one transaction."""
     with connection.transaction(), connection.cursor() as cursor:
         for table, lines in rows.items():
-            with cursor.copy(f"COPY {table} ({store.RECORDED[table]}) FROM STDIN".encode()) as writing:
+            with cursor.copy(f"COPY {table} ({', '.join(APPENDED[table]._fields)}) FROM STDIN".encode()) as writing:
                 writing.write(lines)
 
 
@@ -135,7 +135,7 @@ def _rows(run: Run, users: list[str], keys: list[str]) -> dict[str, bytes]:
     """The rows that the engine wrote for these keys, in COPY's format and in the order of writing."""
     rows = {}
     for table in ("transaction_record", "accrual_record", "burned_credit"):
-        columns = ", ".join(f"r.{column}" for column in store.RECORDED[table].split(", "))
+        columns = ", ".join(f"r.{column}" for column in APPENDED[table]._fields)
         of_keys = (
             f"SELECT {columns} FROM {_KEYS} JOIN transaction_record t ON t.user_id = x.u AND t.idempotency_key = x.k"
             f" JOIN {table} r ON r.user_id = t.user_id AND r.sequence = t.sequence ORDER BY x.place"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from celery.__main__ import main
 from celery.events.dispatcher import EventDispatcher
 
-from worker.ledger.settle import Ledger
+from worker.ledger.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,14 +64,14 @@ def run(arguments: Sequence[str], environment: dict[str, str], log: str, poison:
 
 
 def _make_deadly(key: str) -> None:
-    attempt = Ledger.attempt
+    attempt = Session.attempt
 
-    def deadly(ledger, deliveries, letters):
+    def deadly(session, deliveries, letters):
         if any(delivery.event.idempotency_key == key for delivery in deliveries):
             os.kill(os.getpid(), signal.SIGKILL)
-        return attempt(ledger, deliveries, letters)
+        return attempt(session, deliveries, letters)
 
-    Ledger.attempt = deadly
+    Session.attempt = deadly
 
 
 def _quit_at(kind: str) -> None:

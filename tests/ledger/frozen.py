@@ -18,7 +18,7 @@ if __name__ == "__main__":
     ledger = Ledger(
         Settings(DATABASE_URL=url, lock_timeout=60, idle_in_transaction_timeout=1), stripe=9, degraded=reports.append
     )
-    print(ledger.connection().info.backend_pid, flush=True)
+    print(ledger.session.connection().info.backend_pid, flush=True)
     with logged():  # standard output is for the test
         outcomes = ledger.settle([Delivery.of(accrual(user, 1, key)) for user in users])
     ledger.close()

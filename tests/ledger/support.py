@@ -126,18 +126,21 @@ class Watched(Ledger):
         self._submit = submit
         self._running = []
         super().__init__(settings_for(url, **settings), stripe=stripe, stop=self.stop, degraded=self._keep)
+        attempt, wait = self.session.attempt, self.session.wait
+
+        def counted_attempt(deliveries, letters):
+            self.attempts += 1
+            return attempt(deliveries, letters)
+
+        def counted_wait(error, pause):
+            self.waits += 1
+            return wait(error, pause)
+
+        self.session.attempt, self.session.wait = counted_attempt, counted_wait
 
     def _keep(self, report):
         self.said.append(report)
         self.reports.put(report)
-
-    def attempt(self, deliveries, letters):
-        self.attempts += 1
-        return super().attempt(deliveries, letters)
-
-    def not_now(self, error, pause):
-        self.waits += 1
-        super().not_now(error, pause)
 
     def begin(self, deliveries, letters=()):
         """Settle in the background; a future of the outcomes."""

@@ -358,7 +358,7 @@ def test_a_letter_is_kept_whatever_is_in_it(connection):
 
 
 def test_the_row_from_before_the_trail_is_never_a_stripe(connection):
-    with pytest.raises(RuntimeError, match="row 0 of global_token_balance is from before the trail"):
+    with pytest.raises(RuntimeError, match="row 0 of global_token_balance is a legacy row"):
         apply_batch(connection, sent(accrual("ann", 1, "k")), stripe=0)
     assert count(connection, "account") == 0
 

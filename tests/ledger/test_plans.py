@@ -39,7 +39,7 @@ def ledger(url):
 @pytest.fixture
 def plans(ledger):
     """The plans of the statements that the ledger runs, and of their foreign keys, as auto_explain tells them."""
-    connection = ledger.connection()
+    connection = ledger.session.connection()
     try:
         connection.execute("LOAD 'auto_explain'")
     except psycopg.errors.UndefinedFile:
@@ -117,11 +117,11 @@ def test_a_plan_made_while_the_tables_were_empty_is_soon_forgotten(ledger, plans
 
 
 def test_even_a_plan_kept_on_purpose_finds_rows_by_their_whole_key(ledger, plans, owner):
-    ledger.connection().execute("SET plan_cache_mode = force_generic_plan")
+    ledger.session.connection().execute("SET plan_cache_mode = force_generic_plan")
     for number in range(20):
         ledger.settle(sent(*batch(number)))
     kept = "SELECT sum(generic_plans) FROM pg_prepared_statements WHERE statement LIKE '%JOIN rejected_event%'"
-    assert ledger.connection().execute(kept).fetchone()[0] > 0
+    assert ledger.session.connection().execute(kept).fetchone()[0] > 0
     fill(owner, 20_000, 20_000)
     for number in range(20, 33):
         plans.clear()

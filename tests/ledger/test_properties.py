@@ -47,7 +47,7 @@ events = st.builds(
 deliveries = st.builds(
     lambda event, if_short: Delivery.of(event, if_short=if_short),
     events,
-    st.sampled_from([IfShort.WAIT, IfShort.REJECT]),
+    st.sampled_from(IfShort),
 )
 
 #: Some events, most of them more than once, in any order.

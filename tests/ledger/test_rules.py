@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import timedelta
 from decimal import Context, Decimal, Inexact, Rounded, localcontext
 
+import psycopg
 import pytest
 
-from worker.ledger.errors import SuspiciousBatch, caused_by_event
+from worker.ledger.errors import SuspiciousBatch, blames_event
 from worker.ledger.rules import Reason, decide, too_far_ahead
 
 from .support import NOON
@@ -47,11 +48,20 @@ def test_a_moment_more_than_a_day_ahead_is_too_far_and_none_is_not():
 @pytest.mark.parametrize(
     ("sqlstate", "the_events"),
     [("22003", True), ("22P02", True), ("23505", True), ("23514", True), ("54001", True)]
-    + [(code, False) for code in ("54000", "40001", "40P01", "55P03", "57014", "53300", "42P01", "XX000", "P0001")]
-    + [(None, False)],
+    + [(code, False) for code in ("54000", "40001", "40P01", "55P03", "57014", "53300", "42P01", "XX000", "P0001")],
 )
 def test_only_what_an_event_itself_can_cause_is_held_against_it(sqlstate, the_events):
-    assert caused_by_event(sqlstate) is the_events
+    assert blames_event(psycopg.errors.lookup(sqlstate)("of the server")) is the_events
+
+
+@pytest.mark.parametrize(
+    ("error", "the_events"),
+    [(error, True) for error in (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError)]
+    + [(error, True) for error in (KeyError, ZeroDivisionError, TypeError, UnicodeError)]
+    + [(error, False) for error in (psycopg.OperationalError, psycopg.InterfaceError, MemoryError, OSError)],
+)
+def test_what_psycopg_cannot_send_and_our_bugs_are_held_against_the_event_too(error, the_events):
+    assert blames_event(error("without a SQLSTATE")) is the_events
 
 
 def test_a_suspicious_batch_says_that_nothing_is_lost_and_what_the_first_refusal_was():

@@ -253,7 +253,7 @@ def test_a_database_that_became_read_only_under_a_session_is_found_again(watched
     """As after a failover: the session that was read-only stays so, only a new one can write."""
     ledger = watched()
     ledger.settle(sent(*events(5)))
-    ledger.connection().execute("SET default_transaction_read_only = on")
+    ledger.session.connection().execute("SET default_transaction_read_only = on")
     outcomes = ledger.begin(sent(*events(10)))
     assert ledger.next_report().endswith("[25006]")
     assert len(outcomes.result(PATIENCE)) == 10
@@ -547,7 +547,7 @@ def test_a_batch_that_is_cut_decides_no_event_before_an_earlier_one_of_its_accou
     owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
     ledger = watched(lock_timeout=0.2)
     batch = sent(accrual("ann", 5, "k1"), accrual("bob", 1, "k2"), burn("ann", 2, "k3"), accrual("eve", 1, "culprit"))
-    attempt = ledger.attempt
+    attempt = ledger.session.attempt
     with psycopg.connect(url) as stranger, raising("22023", "NEW.idempotency_key = 'culprit'")(owner):
 
         def attempt_meanwhile(deliveries, letters):
@@ -558,7 +558,7 @@ def test_a_batch_that_is_cut_decides_no_event_before_an_earlier_one_of_its_accou
                 stranger.rollback()
             return attempt(deliveries, letters)
 
-        monkeypatch.setattr(ledger, "attempt", attempt_meanwhile)
+        monkeypatch.setattr(ledger.session, "attempt", attempt_meanwhile)
         outcomes = ledger.settle(batch, leave_locked=True)
     assert outcomes[0] == outcomes[2] == Locked("ann")
     assert told([outcomes[1]]) == ["applied #1: 0 → 1"]
@@ -570,7 +570,7 @@ def test_a_look_at_what_is_locked_replaces_a_session_that_is_no_good(watched, ow
     owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
     ledger = watched()
     ledger.settle(sent(*events(2)))
-    ledger.connection().execute("SET default_transaction_read_only = on")
+    ledger.session.connection().execute("SET default_transaction_read_only = on")
     assert ledger.unlocked(["ann"]) == set()
     assert ledger.next_report().endswith("[25006]")
     assert ledger.unlocked(["ann"]) == {"ann"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from functools import reduce
@@ -17,12 +17,13 @@ from schema.events import Accrual, Event
 from schema.reasons import DeadLetterReason
 from schema.text import printable_line
 
-from . import chain, dead_letters, store
+from . import chain, dead_letters, locks, store
 from .dead_letters import NewDeadLetter
 from .deliveries import Delivery, IfShort
 from .outcomes import Applied, DeadLettered, Decision, Outcome, Rejected, Undecided
+from .rows import Account, AccrualRow, BurnedRow, Flow, RejectedRow, TransactionRow
 from .rules import CLOCK_TOLERANCE, MONEY, Reason, decide, too_far_ahead
-from .store import Account, Earlier, Flow, copy_bytes, copy_line, copy_text
+from .store import Content, Earlier, Key
 
 #: A batch that waited longer than this for its row locks is contended: an accrual may be waiting for the same holder.
 CONTENDED_AFTER_SECONDS: Final = 0.5
@@ -36,40 +37,47 @@ def apply_batch(
     letters: Sequence[NewDeadLetter] = (),
     clock: datetime | None = None,
 ) -> list[Outcome]:
-    """Decide each delivery once, in the order given, and keep `letters`; all of it or, on any error, nothing.
+    """Decide each delivery once, in the order given, and write `letters`; all of it or, on any error, nothing.
 
-    A key that was decided before, here or by anyone, gets its first answer back. The statements are the same
-    few whatever the batch's size. `clock` stands in for the server's in tests.
+    A key that any worker decided before gets its first outcome again. The number of statements does not depend on the
+    size of the batch. `clock` replaces the server's clock in tests.
     Raises what PostgreSQL raises; the transaction is then rolled back.
     """
     users = sorted({delivery.event.user_id for delivery in deliveries})
-    began = monotonic()
-    try:
+    started = monotonic()
+
+    def transaction(*, insert_missing: bool) -> list[Outcome]:
         with connection.transaction(), connection.cursor() as cursor:
-            accounts = store.lock_accounts(cursor, users) if users else {}
+            if insert_missing:
+                locks.insert_missing_accounts(cursor, users)
+            accounts = locks.lock_accounts(cursor, users) if users else {}
             if len(accounts) < len(users):
-                raise _SomeAreNew  # noqa: TRY301 - the way out of a transaction
-            contended = monotonic() - began > CONTENDED_AFTER_SECONDS
-            return _Batch(stripe, accounts, letters, contended=contended).run(cursor, deliveries, clock)
-    except _SomeAreNew:
+                raise _AccountsMissing
+            contended = monotonic() - started > CONTENDED_AFTER_SECONDS
+            batch = _Batch(accounts, letters, contended=contended)
+            if deliveries:
+                batch.look_up(cursor, deliveries, clock)
+            outcomes = [batch.decide(delivery) for delivery in deliveries]
+            batch.record(cursor, stripe)
+            return outcomes
+
+    try:
+        return transaction(insert_missing=False)
+    except _AccountsMissing:
         pass
-    # Only now that the locks are let go: who opens accounts while holding others' can end up waiting for a batch that
-    # waits for those.
-    with connection.transaction(), connection.cursor() as cursor:
-        store.open_accounts(cursor, users)
-        accounts = store.lock_accounts(cursor, users)
-        contended = monotonic() - began > CONTENDED_AFTER_SECONDS
-        return _Batch(stripe, accounts, letters, contended=contended).run(cursor, deliveries, clock)
+    # Only after releasing all row locks: two batches that each insert while holding locks can deadlock.
+    return transaction(insert_missing=True)
 
 
-class _SomeAreNew(Exception):
-    """Rolls back, which unlike a commit syncs nothing. Not psycopg's Rollback: that one escapes, as no database error,
-    where the connection is lost before the rollback.
+class _AccountsMissing(Exception):
+    """Raised to roll back, which unlike a commit syncs nothing, and caught by `apply_batch`.
+
+    psycopg's own Rollback escapes, and is no database error, if the connection is lost before the rollback.
     """
 
 
 class _Moment(NamedTuple):
-    """A moment at which rows are made: as COPY and the chain write it, and the flow of its hour."""
+    """The time at which rows are created: for the tables, for the hash chain, and the flow of its hour."""
 
     text: str
     micros: str
@@ -77,70 +85,79 @@ class _Moment(NamedTuple):
 
 
 class _Batch:
-    """What one transaction has read, decided and is about to write."""
+    """What one transaction has locked, looked up and decided, and the rows that it writes."""
 
-    def __init__(
-        self, stripe: int, accounts: Mapping[str, Account], letters: Iterable[NewDeadLetter], *, contended: bool
-    ) -> None:
-        self.stripe = stripe
-        self.contended = contended
+    def __init__(self, accounts: Mapping[str, Account], letters: Sequence[NewDeadLetter], *, contended: bool) -> None:
         self.accounts = accounts
-        self.letters = list(letters)
-        self.earlier: dict[tuple[str, str], Earlier] = {}
+        self.contended = contended
         self.now: datetime | None = None
-        self.outcomes: list[Outcome] = []
-        self.conflicts: list[tuple[int, Delivery, Earlier]] = []
-        self.events: dict[tuple[str, str], Event] = {}  # decided in this very batch
-        self.moved: dict[str, Account] = {}
+        self.earlier: dict[Key, Earlier] = {}  # decided by earlier batches, or earlier in this one
+        self.contents: dict[Key, Content] = {}  # of earlier events that a delivery conflicts with
+        self.events: dict[Key, Event] = {}  # decided in this batch
+        self.transactions: list[TransactionRow] = []
+        self.accruals: list[AccrualRow] = []
+        self.burned: list[BurnedRow] = []
+        self.rejected: list[RejectedRow] = []
+        self.letters = list(letters)  # those of this batch follow in the order of its deliveries
+        self.changed: dict[str, Account] = {}
         self.flows: defaultdict[datetime, Flow] = defaultdict(Flow)
         self.moments: dict[datetime, _Moment] = {}  # nearly always one
-        self.lines: defaultdict[str, list[str]] = defaultdict(list)
 
-    def run(self, cursor: Cursor[Any], deliveries: Sequence[Delivery], clock: datetime | None) -> list[Outcome]:
-        """Look up, decide, record. The accounts are locked."""
-        if deliveries:
-            self.earlier, now = store.look_up(cursor, deliveries)
-            self.now = clock or now
-            self.outcomes = [self.decide(place, delivery) for place, delivery in enumerate(deliveries)]
-        self.record(cursor)
-        return self.outcomes
+    def look_up(self, cursor: Cursor[Any], deliveries: Sequence[Delivery], clock: datetime | None) -> None:
+        """Read the clock, and what the deliveries' keys stand for: no other batch decides them, their accounts are
+        locked.
+        """
+        self.earlier, now = store.look_up(cursor, deliveries)
+        self.now = clock or now
+        conflicting = self.earlier and {
+            key
+            for delivery in deliveries
+            if (earlier := self.earlier.get(key := delivery.key)) and earlier.payload_hash != delivery.payload_hash
+        }
+        if conflicting:
+            self.contents = store.contents(cursor, conflicting)
 
-    def decide(self, place: int, delivery: Delivery) -> Outcome:
-        """The answer to the delivery at a place of the batch; what it means is noted for `record`."""
-        event = delivery.event
-        key = (event.user_id, event.idempotency_key)
+    def decide(self, delivery: Delivery) -> Outcome:
+        """The outcome of a delivery; the rows that it needs are kept for `record`."""
+        event, key = delivery.event, delivery.key
         if earlier := self.earlier.get(key):
             if earlier.payload_hash == delivery.payload_hash:
                 return earlier.decision._replace(repeated=True)
-            self.conflicts.append((place, delivery, earlier))
-            return DeadLettered("conflict", "")  # `record` finds the words
+            first = self.contents.get(key) or Content.of(self.events[key])
+            return self._dead(delivery, "conflict", _differences(event, first, earlier.decision))
 
         if delivery.refusal is not None:
             return self._dead(delivery, *delivery.refusal)
         assert self.now is not None
         if too_far_ahead(event.occurred_at, self.now):
             return self._dead(delivery, "invalid_event", _ahead(event))
+
         account = self.accounts[event.user_id]
         verdict = decide(event.type, event.amount, account.balance)
-        decision: Decision
-        if isinstance(verdict, Decimal):
-            decision = self._apply(delivery, account, verdict)
-        elif verdict is Reason.INSUFFICIENT_TOKENS and (
-            delivery.if_short is IfShort.WAIT
-            or (delivery.if_short is IfShort.REJECT_UNLESS_CONTENDED and self.contended)
-        ):
+        if verdict is Reason.INSUFFICIENT_TOKENS and self._may_wait(delivery):
             return Undecided(account.balance)
-        else:
-            decision = self._reject(delivery, account, verdict)
+        decision: Decision = (
+            self._apply(delivery, account, verdict)
+            if isinstance(verdict, Decimal)
+            else self._reject(delivery, account, verdict)
+        )
         self.earlier[key] = Earlier(delivery.payload_hash, decision)
         self.events[key] = event
         return decision
 
+    def _may_wait(self, delivery: Delivery) -> bool:
+        match delivery.if_short:
+            case IfShort.WAIT:
+                return True
+            case IfShort.REJECT_UNLESS_CONTENDED:
+                return self.contended
+            case IfShort.REJECT:
+                return False
+
     def _apply(self, delivery: Delivery, account: Account, after: Decimal) -> Applied:
         event, before = delivery.event, account.balance
         moment = self._moment(account)
-        created, amount = moment.text, chain.money(event.amount)
-        money_before, money_after = chain.money(before), chain.money(after)
+        amount, balance_before, balance_after = chain.money(event.amount), chain.money(before), chain.money(after)
         if account.sequence == 0:
             account.opening_balance = before
         account.sequence += 1
@@ -149,39 +166,53 @@ class _Batch:
             event,
             account.sequence,
             amount,
-            money_before,
-            money_after,
+            balance_before,
+            balance_after,
             moment.micros,
             delivery.payload_hash,
             account.head_hash,
         )
-
-        user, number = copy_text(event.user_id), str(account.sequence)
-        self.lines["transaction_record"].append(
-            copy_line(
-                user,
-                number,
-                copy_text(event.idempotency_key),
-                event.type,
-                amount,
-                money_before,
-                money_after,
-                copy_text(event.metadata),
-                None if event.occurred_at is None else event.occurred_at.isoformat(" "),
-                created,
-                copy_bytes(delivery.payload_hash),
-                copy_bytes(account.head_hash),
-                str(chain.VERSION),
+        self.transactions.append(
+            TransactionRow(
+                user_id=event.user_id,
+                sequence=account.sequence,
+                idempotency_key=event.idempotency_key,
+                type=event.type,
+                amount=amount,
+                balance_before=balance_before,
+                balance_after=balance_after,
+                metadata=event.metadata,
+                occurred_at=_text(event.occurred_at),
+                created_at=moment.text,
+                payload_hash=delivery.payload_hash,
+                hash=account.head_hash,
+                hash_version=chain.VERSION,
             )
         )
         flow = moment.flow
         if isinstance(event, Accrual):
-            self.lines["accrual_record"].append(copy_line(user, number, amount, copy_text(event.source), created))
+            self.accruals.append(
+                AccrualRow(
+                    user_id=event.user_id,
+                    sequence=account.sequence,
+                    amount=amount,
+                    source=event.source,
+                    created_at=moment.text,
+                )
+            )
             flow.accruals += 1
             flow.issued = MONEY.add(flow.issued, event.amount)
         else:
-            self.lines["burned_credit"].append(
-                copy_line(user, number, amount, copy_text(event.action), money_before, money_after, created)
+            self.burned.append(
+                BurnedRow(
+                    user_id=event.user_id,
+                    sequence=account.sequence,
+                    amount=amount,
+                    action=event.action,
+                    balance_before=balance_before,
+                    balance_after=balance_after,
+                    created_at=moment.text,
+                )
             )
             flow.burns += 1
             flow.burned = MONEY.add(flow.burned, event.amount)
@@ -202,36 +233,36 @@ class _Batch:
             delivery.payload_hash,
             account.rejection_head,
         )
-        self.lines["rejected_event"].append(
-            copy_line(
-                copy_text(event.user_id),
-                str(account.rejections),
-                copy_text(event.idempotency_key),
-                event.type,
-                amount,
-                copy_text(event.source) if isinstance(event, Accrual) else None,
-                None if isinstance(event, Accrual) else copy_text(event.action),
-                copy_text(event.metadata),
-                None if event.occurred_at is None else event.occurred_at.isoformat(" "),
-                moment.text,
-                reason,
-                balance,
-                copy_bytes(delivery.payload_hash),
-                copy_bytes(account.rejection_head),
-                str(chain.VERSION),
+        self.rejected.append(
+            RejectedRow(
+                user_id=event.user_id,
+                number=account.rejections,
+                idempotency_key=event.idempotency_key,
+                type=event.type,
+                amount=amount,
+                source=event.source if isinstance(event, Accrual) else None,
+                action=None if isinstance(event, Accrual) else event.action,
+                metadata=event.metadata,
+                occurred_at=_text(event.occurred_at),
+                created_at=moment.text,
+                reason=reason,
+                balance=balance,
+                payload_hash=delivery.payload_hash,
+                hash=account.rejection_head,
+                hash_version=chain.VERSION,
             )
         )
         moment.flow.rejections += 1
         return Rejected(account.rejections, reason, account.balance, event.amount)
 
     def _moment(self, account: Account) -> _Moment:
-        """When the account's next row is made: now, or its last moment if the clock has gone back since."""
+        """The time at which the account's next row is created: now, or that of its last row if the clock went back."""
         assert self.now is not None
         when = self.now
         if account.last_recorded_at is not None and account.last_recorded_at > when:
             when = account.last_recorded_at
         account.last_recorded_at = when
-        self.moved[account.user_id] = account
+        self.changed[account.user_id] = account
         if (moment := self.moments.get(when)) is None:
             flow = self.flows[when.replace(minute=0, second=0, microsecond=0)]
             moment = self.moments[when] = _Moment(when.isoformat(" "), chain.micros(when), flow)
@@ -241,55 +272,38 @@ class _Batch:
         self.letters.append(NewDeadLetter.of_event(reason, detail, delivery.event, delivery.origin))
         return DeadLettered(reason, detail)
 
-    def record(self, cursor: Cursor[Any]) -> None:
-        """Write everything down. The stripe comes last: every other batch on it waits from here to the commit."""
-        self._explain_conflicts(cursor)
-        for table in store.RECORDED:
-            if lines := self.lines.get(table):
-                store.record(cursor, table, lines)
+    def record(self, cursor: Cursor[Any], stripe: int) -> None:
+        """Write all rows. The stripe comes last: every other batch on it waits from then until the commit."""
+        for rows in (self.transactions, self.accruals, self.burned, self.rejected):
+            if rows:
+                store.append(cursor, rows)
         if self.letters:
             dead_letters.write(cursor, self.letters, self.now)
-        if self.moved:
-            store.move_balances(cursor, list(self.moved.values()))
+        if self.changed:
+            store.update_accounts(cursor, list(self.changed.values()))
             # Not sum(): it would add in the ambient context, which rounds.
             issued = reduce(MONEY.add, (flow.issued for flow in self.flows.values()), Decimal(0))
             burned = reduce(MONEY.add, (flow.burned for flow in self.flows.values()), Decimal(0))
-            store.add_to_supply(cursor, self.stripe, issued, burned)
-            store.add_to_hours(cursor, self.stripe, self.flows)
-
-    def _explain_conflicts(self, cursor: Cursor[Any]) -> None:
-        keys = [(delivery.event.user_id, delivery.event.idempotency_key) for _, delivery, _ in self.conflicts]
-        if elsewhere := set(keys) - self.events.keys():
-            stored = store.contents(cursor, elsewhere)
-        for (place, delivery, earlier), key in zip(self.conflicts, keys, strict=True):
-            content = _content(self.events[key]) if key in self.events else stored[key]
-            self.outcomes[place] = self._dead(delivery, "conflict", _differences(delivery.event, content, earlier))
+            store.add_to_supply(cursor, stripe, issued, burned)
+            store.add_to_hours(cursor, stripe, self.flows)
 
 
-def _content(event: Event) -> dict[str, Any]:
-    return {
-        "type": event.type,
-        "amount": event.amount,
-        "source": event.source if isinstance(event, Accrual) else None,
-        "action": None if isinstance(event, Accrual) else event.action,
-        "metadata": event.metadata,
-        "occurred_at": event.occurred_at,
-    }
+def _text(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat(" ")
 
 
-def _differences(event: Event, stored: dict[str, Any], earlier: Earlier) -> str:
+def _differences(event: Event, first: Content, decision: Decision) -> str:
     """The sentence of a conflict: which fields differ, and how."""
     differing = [
-        f"{field} is {_in_words(value)}, was {_in_words(stored[field])}"
-        for field, value in _content(event).items()
-        if value != stored[field]
+        f"{field} is {_in_words(value)}, was {_in_words(earlier)}"
+        for field, value, earlier in zip(Content._fields, Content.of(event), first, strict=True)
+        if value != earlier
     ]
-    decision = earlier.decision
-    first = (
+    outcome = (
         f"applied as #{decision.sequence}" if isinstance(decision, Applied) else f"rejected as no. {decision.number}"
     )
     return (
-        f"This idempotency key was {first} with other content: {'; '.join(differing)}. "
+        f"This idempotency key was {outcome} with other content: {'; '.join(differing)}. "
         "Send a new event under a new key."
     )
 

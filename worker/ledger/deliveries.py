@@ -50,3 +50,8 @@ class Delivery(NamedTuple):
     def of(cls, event: Event, origin: Origin | None = None, *, if_short: IfShort = IfShort.REJECT) -> Delivery:
         """Hashes the event's content, so that no lock is held meanwhile."""
         return cls(event, payload_hash(event), origin or Origin(), if_short)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """User id and idempotency key."""
+        return self.event.user_id, self.event.idempotency_key
