@@ -1,7 +1,7 @@
-"""Child processes that live and die together: start, read, restart, stop. For `up`, `demo` and `worker --processes`.
+"""Child processes: start, read their output, stop, restart. For `up`, `worker --processes` and the embedded servers.
 
-One thread does it all, so that forking is safe and the kernel's parent-death signal, which follows the thread
-that forked, means what it says.
+Start children from the main thread: on Linux the kernel ends them when the thread that forked them ends. Children of
+other threads run without that protection.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import deque
-from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,39 +23,48 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG: Final = 1
 _LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
-#: Seconds before the n-th restart in a row; a child that ran for HEALTHY_SECONDS begins again at the first.
-BACKOFF: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+#: Seconds before the n-th restart in a row; a child that ran for HEALTHY_SECONDS starts again at the first.
+BACKOFF_SECONDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 HEALTHY_SECONDS: Final = 60.0
-TAIL_LINES: Final = 6
+#: Of a log, what `last_lines` reads.
+_MAX_TAIL_BYTES: Final = 8192
 
 
 class Child:
-    """One program, started again and again under one name."""
+    """A program that is started, and may be restarted, under one name. It ends when this process does."""
 
     def __init__(
         self,
         name: str,
-        command: Sequence[str],
+        command: Sequence[str | Path],
         *,
         env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
+        cwd: Path | str | None = None,
         on_line: Callable[[str, str], None] | None = None,
         log: Path | None = None,
+        death_signal: signal.Signals = signal.SIGKILL,
     ) -> None:
-        """Its output goes to `on_line(name, line)`, or is appended to `log`; with neither it goes where ours goes."""
+        """Pass its output to `on_line(name, line)` or append it to `log`; without both it inherits ours.
+
+        `death_signal` is what the child gets when this process ends, even by SIGKILL (Linux only).
+        """
         self.name = name
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.command = list(command)
         self.failures = 0  # restarts in a row
         self.restart_at: float | None = None
         self.process: subprocess.Popen[bytes] | None = None
-        self._command, self._env, self._cwd, self._on_line, self._log = list(command), env, cwd, on_line, log
-        self._partial = b""
+        self._env, self._cwd, self._on_line, self._log = env, cwd, on_line, log
+        self._death_signal = death_signal
+        self._log_start = 0  # where in the log the output of the present process starts
+        self._incomplete_line = b""
         self._started = 0.0
-        self._unstarted: OSError | None = None  # why the last start did not come to a process
+        self._start_error: OSError | None = None
 
     @property
     def pid(self) -> int:
+        """Its process id, also after its end."""
         assert self.process is not None, f"{self.name} was never started"
         return self.process.pid
 
@@ -65,54 +73,73 @@ class Child:
         return self.process is not None and self.process.poll() is None
 
     @property
-    def last_words(self) -> str:
-        """How it ended, and the last lines that it printed."""
-        if self._unstarted is not None:
-            return f"could not be started ({self._unstarted.strerror or self._unstarted})"
-        code = self.process.returncode if self.process else None
-        ended = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
-        tail = self.tail or (self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if self._log else ())
-        lines = "".join(f"\n    {line}" for line in tail)
-        return f"{ended}, its last lines being:{lines}" if lines else f"{ended} without a word"
+    def ending(self) -> str:
+        """How it ended: "w-1 (pid 123) was killed by SIGKILL", with the last lines of its log if it has one."""
+        if self._start_error is not None:
+            return f"{self.name} could not be started ({self._start_error.strerror or self._start_error})"
+        assert self.process is not None, f"{self.name} was never started"
+        lines = "".join(f"\n    {line}" for line in self.last_lines())
+        return f"{self.name} (pid {self.pid}) {exit_text(self.process.returncode)}{lines}"
 
-    def start(self) -> None:
-        """Start it in a process group of its own: Ctrl-C in the terminal is for us, who stop it in its turn."""
+    def last_lines(self, count: int = 6) -> list[str]:
+        """The last lines that the present process has written to its log."""
+        if self._log is None or not self._log.exists():
+            return []
+        with self._log.open("rb") as log:
+            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _MAX_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()][-count:]
+
+    def start(self, **options: Any) -> None:
+        """Start it in its own process group: Ctrl-C in the terminal reaches only us, and we stop it in turn.
+
+        `options` are those of Popen. Raises OSError.
+        """
         self.restart_at = None
-        self.tail.clear()
-        self._partial = b""
+        self._incomplete_line = b""
         self._started = time.monotonic()
-        with self._log.open("ab") if self._log else contextlib.nullcontext() as log:
+        with self._open_log() as log:
+            output = subprocess.PIPE if self._on_line else log
             self.process = subprocess.Popen(  # noqa: S603 - our own programs
-                self._command,
+                self.command,
+                **{"stdin": subprocess.DEVNULL, **options},
                 env=dict(self._env) if self._env is not None else None,
                 cwd=self._cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if self._on_line else log,
-                stderr=subprocess.STDOUT if self._on_line else log,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
                 process_group=0,
-                preexec_fn=partial(_die_with, os.getpid()),  # noqa: PLW1509 - no threads; nothing else sees a SIGKILL
+                preexec_fn=_before_exec(self._death_signal),  # noqa: PLW1509 - a few system calls, prepared before the fork
             )
         if self.process.stdout:
             os.set_blocking(self.process.stdout.fileno(), False)
 
-    def start_again(self) -> bool:
-        """Start it once more; False when the machine has no process, memory or file for it just now."""
-        try:
-            self.start()
-        except OSError as error:
-            self._unstarted = error
-            return False
-        self._unstarted = None
-        return True
+    @contextlib.contextmanager
+    def _open_log(self) -> Iterator[IO[bytes] | None]:
+        if self._log is None:
+            yield None
+            return
+        with self._log.open("ab") as log:
+            self._log_start = log.tell()
+            yield log
 
     def restart_later(self) -> float:
         """Plan the next start; returns in how many seconds."""
         if time.monotonic() - self._started > HEALTHY_SECONDS:
             self.failures = 0
-        delay = BACKOFF[min(self.failures, len(BACKOFF) - 1)]
+        delay = BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS) - 1)]
         self.failures += 1
         self.restart_at = time.monotonic() + delay
         return delay
+
+    def try_restart(self) -> bool:
+        """Start it again; False when the operating system has no process, memory or file for it now."""
+        try:
+            self.start()
+        except OSError as error:
+            self._start_error = error
+            return False
+        self._start_error = None
+        return True
 
     def signal(self, number: int) -> None:
         """Send a signal to the process; SIGKILL to its whole group. No error when it has ended."""
@@ -123,36 +150,66 @@ class Child:
                 else:
                     os.kill(self.pid, number)
 
+    def stop(self, number: int, grace: float) -> None:
+        """Send a signal and wait for the end; after `grace` seconds SIGKILL."""
+        self.signal(number)
+        if self.process is not None:
+            try:
+                self.process.wait(grace)
+            except subprocess.TimeoutExpired:
+                self.signal(signal.SIGKILL)
+                self.process.wait()
+
     def read(self) -> bool:
-        """Hand on what it has printed since; False at the end of its output."""
-        if self.process is None or self.process.stdout is None or self._on_line is None:
+        """Pass on what it has printed since; False when there is nothing more now."""
+        if self._on_line is None or self.output is None:
             return False
         try:
-            data = os.read(self.process.stdout.fileno(), 65536)
+            data = os.read(self.output.fileno(), 65536)
         except BlockingIOError:
-            return True
-        *lines, self._partial = (self._partial + data).split(b"\n")
-        if not data and self._partial:
-            lines, self._partial = [self._partial], b""
-        for raw in lines:
-            line = raw.decode(errors="replace").rstrip()
-            if line:
-                self.tail.append(line)
-                self._on_line(self.name, line)
+            return False
+        *lines, self._incomplete_line = (self._incomplete_line + data).split(b"\n")
+        if not data:
+            lines = [self._incomplete_line]
+            self.output.close()
+        for line in lines:
+            if text := line.decode(errors="replace").rstrip():
+                self._on_line(self.name, text)
         return bool(data)
+
+    def drain(self) -> None:
+        """Read what a child that has ended left. Its own children may keep the pipe open, so do not wait for the end."""
+        while self.read():
+            pass
+        if self.output is not None:
+            self.output.close()
+
+    @property
+    def output(self) -> IO[bytes] | None:
+        """The pipe that it prints to, while that is open."""
+        pipe = self.process.stdout if self.process else None
+        return None if pipe is None or pipe.closed else pipe
 
 
 class Family:
-    """The children, and the signals that end them all."""
+    """Children that are watched and stopped together."""
 
     def __init__(self) -> None:
         self.children: list[Child] = []
-        self.stopping = 0  # how often we were asked to stop
+        self._stop_requests = 0
 
     @property
-    def hurried(self) -> bool:
-        """We were asked to stop more than once: kill instead of waiting."""
-        return self.stopping > 1
+    def stopping(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._stop_requests > 0
+
+    @property
+    def killing(self) -> bool:
+        """Whether this process was asked to stop more than once: children are killed without waiting."""
+        return self._stop_requests > 1
+
+    def request_stop(self, *_: object) -> None:
+        self._stop_requests += 1
 
     def add(self, child: Child) -> Child:
         self.children.append(child)
@@ -161,15 +218,11 @@ class Family:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Count SIGINT, SIGTERM and SIGHUP in `stopping` instead of dying of them, until the block is left."""
-
-        def stop(*_: object) -> None:
-            self.stopping += 1
-
+        """Inside the block SIGINT, SIGTERM and SIGHUP request a stop instead of ending this process."""
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup shall still work
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup keeps us running
             numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, stop) for number in numbers}
+        before = {number: signal.signal(number, self.request_stop) for number in numbers}
         try:
             yield
         finally:
@@ -177,69 +230,76 @@ class Family:
                 signal.signal(number, handler)
 
     def step(self, seconds: float = 0.1) -> list[Child]:
-        """Read output for at most `seconds`, start whom it is time to; returns the children found dead just now."""
+        """Read output for at most `seconds` and start children that are due; returns those that have just ended."""
         self._read(seconds)
         now = time.monotonic()
-        found = []
+        ended = []
         for child in self.children:
+            if self.stopping:
+                break
             if child.restart_at is not None:
-                if now >= child.restart_at and not self.stopping and not child.start_again():
-                    found.append(child)  # our own end would be that of its healthy siblings
-            elif child.process is not None and not child.running and not self.stopping:
-                self._drain(child)
-                found.append(child)
-        return found
+                if now >= child.restart_at and not child.try_restart():
+                    ended.append(child)  # raising would end this process, and with it the healthy children
+            elif child.process is not None and not child.running:
+                child.drain()
+                ended.append(child)
+        return ended
 
-    def stop(self, children: Iterable[Child], grace: float | None, *, say: Callable[[str], None] | None = None) -> None:
-        """Ask these to end and wait, `grace` seconds at most (None: for ever); then, or when asked again, kill them."""
+    def stop(
+        self, children: Iterable[Child], grace: float | None, *, report: Callable[[str], None] | None = None
+    ) -> None:
+        """Send SIGTERM and wait at most `grace` seconds (None: without limit), then SIGKILL.
+
+        A second request to stop kills at once.
+        """
         group = list(children)
         for child in group:
             child.restart_at = None
             child.signal(signal.SIGTERM)
-        end = time.monotonic() + (grace if grace is not None else float("inf"))
-        while any(child.running for child in group) and time.monotonic() < end and not self.hurried:
+        deadline = time.monotonic() + (float("inf") if grace is None else grace)
+        while any(child.running for child in group) and time.monotonic() < deadline and not self.killing:
             self._read(0.05)
         for child in group:
             if child.running:
-                if say:
-                    why = "it was asked twice to stop" if self.hurried else "it has not ended by itself"
-                    say(f"{child.name} is killed: {why}.")
+                if report:
+                    reason = "asked to stop twice" if self.killing else f"still running after {grace:.0f} s"
+                    report(f"killing {child.name} (pid {child.pid}): {reason}")
                 child.signal(signal.SIGKILL)
             if child.process is not None:
                 child.process.wait()
-                self._drain(child)
+                child.drain()
 
     def _read(self, seconds: float) -> None:
         with selectors.DefaultSelector() as selector:
             for child in self.children:
-                if child.process and child.process.stdout and not child.process.stdout.closed:
-                    selector.register(child.process.stdout, selectors.EVENT_READ, child)
+                if child.output is not None:
+                    selector.register(child.output, selectors.EVENT_READ, child)
             if not selector.get_map():
                 time.sleep(seconds)
                 return
             for key, _ in selector.select(seconds):
-                if not key.data.read():
-                    key.data.process.stdout.close()
-
-    def _drain(self, child: Child) -> None:
-        """Read what a dead child has left. Its own children may hold the pipe open, so never wait for its end."""
-        assert child.process is not None
-        pipe = child.process.stdout
-        if pipe is not None and not pipe.closed:
-            while _readable(pipe.fileno()) and child.read():
-                pass
-            pipe.close()
+                key.data.read()
 
 
-def _readable(descriptor: int) -> bool:
-    """Whether reading would return at once."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        return bool(selector.select(0))
+def exit_text(code: int) -> str:
+    """How a process with this return code ended."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
-def _die_with(parent: int) -> None:
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
+def _before_exec(death_signal: int) -> Callable[[], None]:
+    """What the child does between fork and exec: accept the signals that stop it, and ask to end with its parent.
+
+    A process under nohup or in a script's background ignores SIGINT, and its children would inherit that.
+    """
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    parent = os.getpid()
+
+    def prepare() -> None:
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if _LIBC is not None and on_main_thread:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, death_signal)
+            if os.getppid() != parent:  # the parent ended before the kernel knew
+                os._exit(1)
+
+    return prepare

@@ -1,15 +1,15 @@
-"""PostgreSQL and Valkey of our own, from the wheels of two packages, for `tokentrail up` and the tests.
+"""PostgreSQL and Valkey from the wheels of two packages, for `tokentrail up`, `demo` and the tests.
 
-    __init__.py     servers(): a pair for as long as a `with` block lasts
-    guard.py        the process between us and the pair: whoever is killed, nothing is left running
+    __init__.py     servers(): both of them while a `with` block lasts
+    guard.py        the process between the program and the servers: whichever is killed, nothing is left running
     postgres.py     one PostgreSQL: start, stop, kill, restart
     valkey.py       one Valkey, likewise
-    process.py      what the two have in common: lock, log, port, readiness
+    process.py      what both have in common: lock, log, port, readiness
     binaries.py     where the programs are
-    unprivileged.py PostgreSQL refuses to run as root: as whom it runs then, and where
+    unprivileged.py for root: another account for PostgreSQL, and folders that it can reach
 
-Only the binaries of the two packages are used. Their Python layers leave servers running when they are
-killed, and one of them adds a system account and opens up parent folders when it runs as root.
+Only the binaries of the packages are used. Their Python code leaves servers running when it is killed and, as root,
+one of them adds a system account and changes the permissions of parent folders.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from worker.config import ROOT
 from worker.local.embedded.binaries import postgres_folder, valkey_program
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbeddedError", "PostgresServer", "Servers", "ValkeyServer", "discard", "servers"]
 
-#: Seconds the guard may take to stop both servers before it is killed, and they with it.
-STOP_SECONDS = 60
+#: Seconds the guard may take to stop both servers; then it is killed, and they end with it.
+STOP_SECONDS: Final = 60
 
 
 @dataclass(frozen=True)
 class Servers:
-    """A running pair. The addresses carry the passwords, so they are kept out of `repr`."""
+    """Both servers, running. The URLs contain passwords, so `repr` leaves them out."""
 
     database_url: str = field(repr=False)
     broker_url: str = field(repr=False)
@@ -51,21 +51,21 @@ class Servers:
     _guard: subprocess.Popen[str] = field(repr=False, compare=False)
 
     def check(self) -> None:
-        """Raise EmbeddedError, in one sentence, when a server has ended by itself. Costs a system call."""
+        """Raise EmbeddedError when a server has ended. Costs one system call."""
         if self._guard.poll() is not None:
             raise _failure(self._guard, self.logs)
 
 
 @contextlib.contextmanager
 def servers(data: Path | None = None, *, durable: bool | None = None) -> Iterator[Servers]:
-    """PostgreSQL with an empty database and Valkey, both on loopback, until the block is left.
+    """Run PostgreSQL with an empty database and Valkey, both on loopback, until the block is left.
 
-    Without `data` they are thrown away afterwards and, unless `durable`, spare themselves all syncing.
-    With it they are kept there, and what they have acknowledged survives any crash. Each start has new
-    ports. Raises EmbeddedError when one does not start, or when another process has the same `data`, OSError when
-    the machine does not let it.
+    Without `data` their data is thrown away afterwards and, unless `durable`, never synced to disk. With `data` it is
+    kept in that folder, and what they have acknowledged survives any crash. Each start chooses new ports. Raises
+    EmbeddedError when a server does not start or another process uses `data`, OSError when the operating system
+    refuses something.
     """
-    postgres_folder()  # where a program is missing, nothing is begun, and no folder of empty logs stays behind
+    postgres_folder()  # checked first: a missing program must not leave a folder of empty logs behind
     valkey_program()
     if data is None:
         folder = Path(tempfile.mkdtemp(prefix="tokentrail-"))
@@ -74,23 +74,24 @@ def servers(data: Path | None = None, *, durable: bool | None = None) -> Iterato
         folder = data.absolute()
     guard = _start_guard(folder, throw_away=data is None, durable=durable)
     try:
-        pair = _introduction(guard, folder)
+        running = _await_ready(guard, folder)
     except BaseException:
         _stop_guard(guard)
         raise
     failed = False
     try:
-        yield pair
+        yield running
     except EmbeddedError:
-        failed = True  # it points to a log
+        failed = True  # its message names a log
         raise
     finally:
         _stop_guard(guard)
         if data is None:
-            discard(folder, except_logs=failed)  # the guard has done it, unless it was killed
+            discard(folder, except_logs=failed)  # for a guard that was killed; otherwise it has done this
 
 
 def _start_guard(folder: Path, *, throw_away: bool, durable: bool | None) -> subprocess.Popen[str]:
+    """Start the guard. It must outlive this process, to stop the servers, so it is no `Child`."""
     make_folder(folder)
     logs = folder / LOGS
     logs.mkdir(mode=0o700, exist_ok=True)
@@ -100,40 +101,39 @@ def _start_guard(folder: Path, *, throw_away: bool, durable: bool | None) -> sub
     if durable if durable is not None else not throw_away:
         command.append("--durable")
     with (logs / "guard.log").open("w") as log:
-        return subprocess.Popen(  # noqa: S603  our own module
+        return subprocess.Popen(  # noqa: S603 - our own module
             command,
-            stdin=subprocess.PIPE,  # never written to: that it closes is the sign to stop
+            stdin=subprocess.PIPE,  # never written to: the guard stops when it closes
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            cwd=ROOT,  # where `worker` is found, installed or not
+            cwd=ROOT,  # where `worker` can be imported, installed or not
             # PGOPTIONS, PGSERVICE and the like are meant for other servers.
             env={name: value for name, value in os.environ.items() if not name.startswith("PG")},
-            start_new_session=True,  # Ctrl-C in the terminal is for us; the servers go last
+            start_new_session=True,  # Ctrl-C in the terminal reaches only us, and we stop the servers last
         )
 
 
-def _introduction(guard: subprocess.Popen[str], folder: Path) -> Servers:
-    logs = folder / LOGS
-    said = _pipe(guard.stdout).readline()
-    answer: dict[str, Any] = json.loads(said) if said else {}
-    if "database_url" not in answer:
-        raise _failure(guard, logs, answer)
-    return Servers(answer["database_url"], answer["broker_url"], tuple(answer["pids"]), logs, guard)
+def _await_ready(guard: subprocess.Popen[str], folder: Path) -> Servers:
+    line = _pipe(guard.stdout).readline()
+    report: dict[str, Any] = json.loads(line) if line else {}
+    if "database_url" not in report:
+        raise _failure(guard, folder / LOGS, report)
+    return Servers(report["database_url"], report["broker_url"], tuple(report["pids"]), folder / LOGS, guard)
 
 
-def _failure(guard: subprocess.Popen[str], logs: Path, answer: dict[str, Any] | None = None) -> Exception:
-    """What the guard says went wrong, in `answer` or else in its last words."""
-    if not answer:
-        said = "" if _pipe(guard.stdout).closed else _pipe(guard.stdout).readline()
-        answer = json.loads(said) if said else {}
-    if answer.get("errno"):
-        return OSError(answer["errno"], os.strerror(answer["errno"]), answer["path"])
-    return EmbeddedError(
-        answer.get("error")
-        or "The guard of the embedded servers was killed or has failed, and they have ended with it: start again;"
-        f" its log is {logs / 'guard.log'}."
-    )
+def _failure(guard: subprocess.Popen[str], logs: Path, report: dict[str, Any] | None = None) -> Exception:
+    """The error that the guard reports, in `report` or else in its next line; an error about the guard if none."""
+    if not report and not _pipe(guard.stdout).closed and (line := _pipe(guard.stdout).readline()):
+        report = json.loads(line)
+    if not report:
+        return EmbeddedError(
+            "The guard of the embedded servers has ended, and the servers with it: start again; its log is"
+            f" {logs / 'guard.log'}."
+        )
+    if report.get("errno"):
+        return OSError(report["errno"], os.strerror(report["errno"]), report["path"])
+    return EmbeddedError(report["error"])
 
 
 def _stop_guard(guard: subprocess.Popen[str]) -> None:
@@ -147,4 +147,4 @@ def _stop_guard(guard: subprocess.Popen[str]) -> None:
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:
-    return cast("IO[str]", stream)  # both were asked for in _start_guard
+    return cast("IO[str]", stream)  # _start_guard asks for both

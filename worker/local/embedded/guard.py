@@ -1,10 +1,9 @@
-"""The process between a program and its embedded servers: whoever is killed, nothing is left running.
+"""The process between a program and its embedded servers: whichever of them is killed, nothing is left running.
 
-    program ──(a pipe that nobody writes to)──► guard ──(PR_SET_PDEATHSIG)──► PostgreSQL, Valkey
+    program ──(a pipe, never written to)──► guard ──(parent-death signal)──► PostgreSQL, Valkey
 
-The program dies: the pipe closes, or, should a child of the program hold it open, our parent changes.
-The guard dies: the kernel tells the servers (Linux; elsewhere only the first half holds).
-One of the servers dies: the other is stopped and the program is told when it asks.
+The program ends: the pipe closes or, if a child of the program keeps it open, the guard's parent process changes.
+The guard ends: on Linux the kernel sends the servers a signal. A server ends: the guard stops the other and reports it.
 """
 
 from __future__ import annotations
@@ -26,61 +25,61 @@ from worker.local.embedded.valkey import ValkeyServer
 
 
 def guard(folder: Path, program: int, *, durable: bool, throw_away: bool) -> None:
-    """Run a pair in `folder` for as long as the process `program`, our parent, wants it.
+    """Run both servers in `folder` until the process `program`, our parent, ends or closes the pipe.
 
-    Tells on standard output, in one line of JSON each, how to reach the pair and what went wrong.
+    Prints one line of JSON when they are ready and one when something fails.
     """
     postgres = PostgresServer(folder, durable=durable, owner=program)
     valkey = ValkeyServer(folder, durable=durable, owner=program)
-    failed = True  # as it also has when what follows ends in something that nobody expected
+    failed = True  # until proven otherwise: unexpected exceptions count as failures
     try:
         for server in (postgres, valkey):
             server.launch()
         for server in (postgres, valkey):
             server.wait_until_ready()
         pids = [os.getpid(), postgres.pid, valkey.pid]
-        _tell({"database_url": postgres.url, "broker_url": valkey.url, "pids": pids})
+        _report({"database_url": postgres.url, "broker_url": valkey.url, "pids": pids})
         _watch(program, [postgres, valkey])
         failed = False
     except (ConfigError, EmbeddedError) as error:
-        _tell({"error": str(error)})
-    except OSError as error:  # of the machine: what helps is said where the same is said of other commands
-        _tell({"error": str(error), "errno": error.errno, "path": error.filename or str(folder)})
+        _report({"error": str(error)})
+    except OSError as error:  # the program raises it again, and says what it says of any OSError
+        _report({"error": str(error), "errno": error.errno, "path": error.filename or str(folder)})
     finally:
         valkey.stop()
         postgres.stop()
         if throw_away:
-            discard(folder, except_logs=failed)  # they are what is pointed to then
+            discard(folder, except_logs=failed)  # error messages name the logs
 
 
 def _watch(program: int, servers: list[PostgresServer | ValkeyServer]) -> None:
     while os.getppid() == program and not select.select([sys.stdin], [], [], 0.5)[0]:
         for server in servers:
             if not server.running:
-                raise server.ended_by_itself()
+                raise server.unexpected_end()
 
 
-def _tell(what: dict[str, object]) -> None:
+def _report(message: dict[str, object]) -> None:
     try:
-        sys.stdout.write(json.dumps(what) + "\n")
+        sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody is left to be told
+    except BrokenPipeError:  # the program has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _leave(*_: object) -> NoReturn:
+def _exit(*_: object) -> NoReturn:
     raise SystemExit(1)
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(prog="python -m worker.local.embedded.guard", description=__doc__)
-    arguments.add_argument("folder", type=Path)
-    arguments.add_argument("program", type=int)
-    arguments.add_argument("--durable", action="store_true")
-    arguments.add_argument("--throw-away", action="store_true")
-    given = arguments.parse_args()
-    signal.signal(signal.SIGTERM, _leave)  # so that the servers are stopped, also where the kernel would not
-    guard(given.folder, given.program, durable=given.durable, throw_away=given.throw_away)
+    parser = argparse.ArgumentParser(prog="python -m worker.local.embedded.guard", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("program", type=int)
+    parser.add_argument("--durable", action="store_true")
+    parser.add_argument("--throw-away", action="store_true")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _exit)  # so that `finally` stops the servers, also where there is no death signal
+    guard(arguments.folder, arguments.program, durable=arguments.durable, throw_away=arguments.throw_away)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One PostgreSQL of our own: its cluster, its settings, its end."""
+"""An embedded PostgreSQL: its cluster, its settings, its end."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import psycopg
 from psycopg import sql
 
 from worker.local.embedded import binaries, unprivileged
-from worker.local.embedded.process import EmbeddedError, ServerProcess, does_not_run, password
+from worker.local.embedded.process import EmbeddedError, ServerProcess, cannot_run, password
 
-NAME = "tokentrail"  # of the superuser and of the database
+NAME: Final = "tokentrail"  # of the superuser and of the database
 
-SETTINGS = {
+SETTINGS: Final = {
     "listen_addresses": "127.0.0.1",
-    "unix_socket_directories": "",  # a socket's path may have 107 bytes: ours may be longer
+    "unix_socket_directories": "",  # the path of a socket may have 107 bytes, and ours may be longer
     "max_connections": "200",
     "shared_preload_libraries": "pg_stat_statements",
 }
-#: For clusters that are thrown away: nothing of them has to survive a crash.
-WITHOUT_SYNCING = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+#: For servers whose data is thrown away: nothing has to survive a crash.
+NOT_DURABLE: Final = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
-#: From this version on the locale C.UTF-8 is part of PostgreSQL: the same order on every machine.
-BUILTIN_LOCALE_SINCE = 17
+#: From this version on PostgreSQL brings the locale C.UTF-8 itself: the same order on every machine.
+BUILTIN_LOCALE_SINCE: Final = 17
 
-STOP_SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+STOP_SIGNALS: Final = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 
 
 class PostgresServer(ServerProcess):
@@ -39,88 +39,94 @@ class PostgresServer(ServerProcess):
 
     title: ClassVar[str] = "PostgreSQL"
     name: ClassVar[str] = "postgresql"
-    variable: ClassVar[str] = "TOKENTRAIL_PG_BIN"
+    setting: ClassVar[str] = "TOKENTRAIL_PG_BIN"
 
     @property
     def url(self) -> str:
         return self._url(NAME)
 
-    def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast", seconds: float = 30) -> None:
-        """End as PostgreSQL's manual says of `mode`: smart waits for its clients, immediate is a crash."""
-        self._end(STOP_SIGNALS[mode], seconds)
+    def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast", grace: float = 30) -> None:
+        """Shut down in one of PostgreSQL's modes: smart waits for clients, immediate is a crash."""
+        self._end(STOP_SIGNALS[mode], grace)
 
     def kill(self) -> None:
-        """SIGKILL for the server and every process of it: a crash at one instant."""
-        processes = self._children()
+        """SIGKILL for the server and all its processes: a crash at one instant."""
+        processes = self._child_processes()
         super().kill()
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _launch(self) -> subprocess.Popen[bytes]:
+    def _launch(self) -> None:
         account = unprivileged.account()
         programs = unprivileged.programs(binaries.postgres_folder())
         cluster = self._cluster(programs, account)
-        settings = SETTINGS | ({} if self.durable else WITHOUT_SYNCING) | self.options
+        settings = SETTINGS | ({} if self.durable else NOT_DURABLE) | self.options
         arguments = [argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")]
-        return self._spawn([programs / "postgres", "-D", cluster, "-p", str(self.port), *arguments], account)
+        command = [programs / "postgres", "-D", cluster, "-p", str(self.port), *arguments]
+        self._spawn(command, **account.popen_options())
 
     def _answers(self) -> bool:
         try:
-            with psycopg.connect(self._url("postgres"), autocommit=True, connect_timeout=5) as connection:
-                found = connection.execute("SELECT FROM pg_database WHERE datname = %s", [NAME]).rowcount
-                if not found:
-                    connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(NAME)))
-        except psycopg.errors.DiskFull:
-            self.kill()  # each further try would take more, until it crashes
-            raise self.failure("PostgreSQL cannot make its database") from None
-        except psycopg.OperationalError:  # not yet: why not for good is in the log, which is looked at then
+            connection = psycopg.connect(self._url("postgres"), autocommit=True, connect_timeout=5)
+        except psycopg.OperationalError:  # not ready; if it never will be, its process ends
             return False
+        with connection:
+            try:
+                exists = connection.execute("SELECT FROM pg_database WHERE datname = %s", [NAME]).rowcount
+                if not exists:
+                    connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(NAME)))
+            except psycopg.Error:
+                self.kill()
+                raise self.failure("cannot create its database") from None
         return True
 
     def _cluster(self, programs: Path, account: unprivileged.Account) -> Path:
-        """The folder of the cluster, made if there is none; its name has the major version in it,
-        for a cluster can only be used by the version that made it.
+        """The folder of the cluster, created if there is none.
+
+        Its name has the major version in it, because only that version can use it.
         """
-        major = _major(programs)
+        major = _major_version(programs)
         here = self.folder / f"postgresql-{major}"
         cluster = unprivileged.home(self.folder) / here.name
         if here != cluster and here.exists():
-            raise EmbeddedError(f"The account nobody can no longer reach {here}: open up its folders to it.")
+            raise EmbeddedError(f"The account nobody can no longer reach {here}: give it access to that folder.")
         if not cluster.exists():
-            self._make_cluster(cluster, programs, account, major)
+            self._create_cluster(cluster, programs, account, major)
         elif not (self.folder / "password").exists():
-            raise EmbeddedError(f"{cluster} was made with a password that {self.folder} no longer has.")
+            raise EmbeddedError(f"{self.folder / 'password'}, the password of {cluster}, is gone: restore that file.")
         return cluster
 
-    def _make_cluster(self, cluster: Path, programs: Path, account: unprivileged.Account, major: int) -> None:
-        # Made beside its place and then renamed: a cluster that is there is a complete one.
-        half = cluster.with_name(f"{cluster.name}.half")
-        shutil.rmtree(half, ignore_errors=True)
-        half.mkdir(0o700)
-        account.own(half)
-        secret = cluster.with_name("initial-password")
-        secret.unlink(missing_ok=True)
-        secret.touch(0o600)
-        secret.write_text(password(self.folder))
-        account.own(secret)
+    def _create_cluster(self, cluster: Path, programs: Path, account: unprivileged.Account, major: int) -> None:
+        # Created under another name and renamed at the end: a cluster of this name is always complete.
+        draft = cluster.with_name(f"{cluster.name}.half")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(0o700)
+        account.own(draft)
+        password_file = cluster.with_name("initial-password")
+        password_file.unlink(missing_ok=True)
+        password_file.touch(0o600)
+        password_file.write_text(password(self.folder))
+        account.own(password_file)
         locale = ["--no-locale", "--encoding=UTF8"]
         if major >= BUILTIN_LOCALE_SINCE:
             locale += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
-        arguments = ["--auth=scram-sha-256", f"--username={NAME}", f"--pwfile={secret}", *locale]
+        arguments = ["--auth=scram-sha-256", f"--username={NAME}", f"--pwfile={password_file}", *locale]
         if not self.durable:
             arguments.append("--no-sync")
-        status = self._spawn([programs / "initdb", "-D", half, *arguments], account).wait()
-        secret.unlink()
-        if status:
-            raise self.failure("PostgreSQL's initdb failed")
-        half.rename(cluster)
+        initdb = self._spawn([programs / "initdb", "-D", draft, *arguments], **account.popen_options()).process
+        assert initdb is not None
+        code = initdb.wait()
+        password_file.unlink()
+        if code:
+            raise self.failure("cannot be set up by initdb")
+        draft.rename(cluster)
 
     def _url(self, database: str) -> str:
         return f"postgresql://{NAME}:{password(self.folder)}@127.0.0.1:{self.port}/{database}"
 
-    def _children(self) -> list[int]:
-        """The server's processes, where the kernel lists them; elsewhere they notice its death themselves."""
+    def _child_processes(self) -> list[int]:
+        """The server's processes, on Linux; elsewhere they notice by themselves that the server has ended."""
         if not self.running:
             return []
         try:
@@ -129,18 +135,17 @@ class PostgresServer(ServerProcess):
             return []
 
 
-def _major(programs: Path) -> int:
+def _major_version(programs: Path) -> int:
     program = programs / "postgres"
     try:
-        said = subprocess.run(  # noqa: S603  the operator's choice, or the wheel's
-            [program, "--version"], check=True, capture_output=True, text=True, errors="replace"
-        ).stdout
+        answer = subprocess.run(  # noqa: S603 - the operator's choice, or the wheel's
+            [program, "--version"], capture_output=True, text=True, errors="replace", check=False
+        )
     except OSError as error:
-        raise does_not_run(program, error.strerror, PostgresServer.variable) from None
-    except subprocess.CalledProcessError as error:
-        why = " / ".join(map(str.strip, error.stderr.strip().splitlines())) or f"it ends with status {error.returncode}"
-        raise does_not_run(program, why, PostgresServer.variable) from None
-    found = re.search(r"\d+", said)
-    if found is None:
-        raise EmbeddedError(f"{program} does not tell its version: it says {said.strip()!r}.")
-    return int(found.group())
+        raise cannot_run(program, error.strerror, PostgresServer.setting) from None
+    version = re.search(r"\d+", answer.stdout)
+    if answer.returncode or version is None:
+        output = " / ".join(f"{answer.stdout}{answer.stderr}".split("\n")).strip(" /")
+        reason = output or f"--version exits with code {answer.returncode}"
+        raise cannot_run(program, reason, PostgresServer.setting)
+    return int(version.group())

@@ -1,76 +1,55 @@
-"""What every embedded server has: a folder, a lock, a log, a port that stays, a parent to die with."""
+"""What the embedded servers have in common: a folder with lock, log and password, a port, start and end."""
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import secrets
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from abc import ABC, abstractmethod
-from typing import IO, TYPE_CHECKING, ClassVar, Final
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Final
+
+from worker.processes import Child, exit_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from worker.local.embedded.unprivileged import Account
+#: Root runs PostgreSQL as another account, which must be able to pass through the folder.
+FOLDER_MODE: Final = 0o711 if os.geteuid() == 0 else 0o700
+LOGS: Final = "logs"
 
-#: PostgreSQL under root is another account, which must be able to pass through the folder.
-FOLDER_MODE = 0o711 if os.geteuid() == 0 else 0o700
-LOGS = "logs"
-
-#: Seconds a server may take to answer: a big append-only file is read at its start.
+#: Seconds until a server must answer: at its start Valkey reads an append-only file of any size.
 START_SECONDS = 60.0
-#: Seconds in which troubles of a start that pass by themselves are met with another try.
-PATIENCE = 10.0
-#: They pass: a chosen port was taken between choosing and binding; a killed PostgreSQL has not quite ended.
-PASSING_TROUBLES = ("Address already in use", "pre-existing shared memory", 'postmaster.pid" already exists')
+#: Seconds in which a start that failed for a reason that goes away by itself is tried again.
+RETRY_SECONDS: Final = 10.0
+#: These go away: the port was taken after it was chosen, or a killed PostgreSQL has not quite ended.
+TRANSIENT_ERRORS: Final = ("Address already in use", "pre-existing shared memory", 'postmaster.pid" already exists')
 
-#: What a server says of why it does not run, and what helps.
-_ADVICE: Final = {
-    "No space left on device": "free some space where {folder} is",
-    "Disk quota exceeded": "free some space where {folder} is",
-    "Cannot allocate memory": "stop something else that runs here, or give the machine more memory",
-    "loading shared libraries": "install that library, or name another program with {variable}",
-}
-_MEND: Final = "mend what it says, or set DATABASE_URL and BROKER_URL to servers of your own"
-_ANOTHER: Final = "name another program with {variable}, or set DATABASE_URL and BROKER_URL to servers of your own"
-#: Free bytes below which a server that says nothing has no space to say it in: a new cluster takes as much.
-_SCARCE: Final = 64 << 20
-#: Bytes of its log that are looked at: what it said hours ago is not why it ends now.
-_LAST: Final = 8192
-
-PR_SET_PDEATHSIG = 1
-#: The signals that a server is ended with.
-_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+_OTHER_SERVERS: Final = "set DATABASE_URL and BROKER_URL to other servers"
 
 
 class EmbeddedError(Exception):
     """An embedded server cannot run; the message says why, what to do, and where its log is."""
 
 
-def does_not_run(program: str | Path, why: str | None, variable: str) -> EmbeddedError:
-    """Of a program that does not even begin, or does not get as far as its version; `variable` names another."""
-    return EmbeddedError(f"{program} does not run ({why}): {_ANOTHER.format(variable=variable)}.")
+def cannot_run(program: str | Path, reason: str | None, setting: str) -> EmbeddedError:
+    """The error for a program that cannot be executed; `setting` is the variable that names another one."""
+    return EmbeddedError(f"Cannot run {program} ({reason}): name another program with {setting}, or {_OTHER_SERVERS}.")
 
 
 class ServerProcess(ABC):
-    """A server on loopback. Its data, password and log are in `folder`, which no other process may use.
+    """A server on loopback. Its data, password and log are in `folder`, which only one process may use at a time.
 
-    The port is chosen at the first start and stays, so that a restart has the same address. The server
-    ends with the process that started it (on Linux, when that was its main thread).
+    The port is chosen at the first start and kept, so that a restarted server has the same address. The server ends
+    with the process that started it (on Linux, if its main thread did).
     """
 
     title: ClassVar[str]
     name: ClassVar[str]
-    variable: ClassVar[str]  # the setting that names another program
+    setting: ClassVar[str]  # the variable that names another program
 
     def __init__(
         self,
@@ -81,27 +60,26 @@ class ServerProcess(ABC):
         options: Mapping[str, str] | None = None,
         owner: int | None = None,
     ) -> None:
-        """`options` are settings of the server itself; `owner` is the process to name to a second comer."""
+        """`options` are settings of the server; `owner` is the process named to others that want the folder."""
         self.folder = folder.absolute()
         self.durable = durable
         self.options = dict(options or {})
         self.log = self.folder / LOGS / f"{self.name}.log"
         self.owner = owner or os.getpid()
         self.port = port or free_port()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.child: Child | None = None
         self._port_is_fixed = port is not None
         self._lock: IO[str] | None = None
-        self._log_began = 0  # where in the log the present start begins
 
     @property
     def pid(self) -> int:
-        """The server's process id, also after its end; before its first start there is none."""
-        assert self.process is not None, f"{self.title} was never started"
-        return self.process.pid
+        """The server's process id, also after its end."""
+        assert self.child is not None, f"{self.title} was never started"
+        return self.child.pid
 
     @property
     def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        return self.child is not None and self.child.running
 
     def start(self) -> None:
         """Return when the server answers. Raises EmbeddedError when it does not."""
@@ -109,138 +87,99 @@ class ServerProcess(ABC):
         self.wait_until_ready()
 
     def launch(self) -> None:
-        """Start the server and do not wait for it, so that two can start side by side."""
+        """Start the server without waiting for it, so that two can start side by side."""
         if self.running:
-            raise EmbeddedError(f"{self.title} runs already, as process {self.pid}.")
+            raise EmbeddedError(f"{self.title} is already running, as process {self.pid}.")
         make_folder(self.folder)
         self.log.parent.mkdir(mode=0o700, exist_ok=True)
         self._take_lock()
         try:
-            self.process = self._launch()
+            self._launch()
         except BaseException:
-            self._drop_lock()
+            self._release_lock()
             raise
 
     def wait_until_ready(self) -> None:
-        """Return when the server answers. Raises EmbeddedError, with its last words, when it does not."""
+        """Return when the server answers. Raises EmbeddedError when it ends first, or takes START_SECONDS."""
         began = time.monotonic()
         while not self._answers():
             waited = time.monotonic() - began
-            if waited > START_SECONDS:
-                self.kill()
-                raise EmbeddedError(
-                    f"{self.title} did not answer within {START_SECONDS:.0f} seconds ({self._gist()}): start again when"
-                    " this machine has less to do, or set DATABASE_URL and BROKER_URL to servers of your own; its log"
-                    f" is {self.log}."
-                )
             if not self.running:
-                self._try_again_or_raise(waited)
+                self._retry_or_raise(waited)
+            elif waited > START_SECONDS:
+                self.kill()
+                raise self.failure(f"did not answer within {START_SECONDS:.0f} s")
             time.sleep(0.02)
         self._port_is_fixed = True
 
-    def ended_by_itself(self) -> EmbeddedError:
-        """How, and what helps."""
-        assert self.process is not None
-        code = self.process.returncode
-        if code == -signal.SIGKILL:  # which leaves no word in its log
-            return EmbeddedError(
-                f"{self.title} was killed, by somebody or for want of memory: start again, and stop something else that"
-                f" runs here should that not last; its log is {self.log}."
-            )
-        return self.failure(f"{self.title} has ended by itself with {_reason(code)}", ran=True)
+    def failure(self, fact: str, advice: str = f"fix that, or {_OTHER_SERVERS}") -> EmbeddedError:
+        """The error for this server: the fact, the end of its log, and what to do."""
+        lines = self.child.last_lines(3) if self.child else []
+        reason = " / ".join(lines)[-500:] or "its log is empty"
+        return EmbeddedError(f"{self.title} {fact} ({reason}): {advice}; its log is {self.log}.")
 
-    def failure(self, fact: str, *, ran: bool = False) -> EmbeddedError:
-        """`fact`, with why, as the server says it, and what helps; one that `ran` may do so again."""
-        said = self._said()
-        trouble = next((trouble for trouble in _ADVICE if trouble in said), None)
-        if trouble is None and not said.strip() and shutil.disk_usage(self.folder).free < _SCARCE:
-            trouble = "No space left on device"
-        advice = _ADVICE[trouble] if trouble else _MEND if said.strip() else _ANOTHER
-        advice = advice.format(folder=self.folder, variable=self.variable)
-        if ran:
-            advice = f"{advice}, and start again" if trouble else f"start again, and if that fails {advice}"
-        return EmbeddedError(f"{fact} ({self._gist(trouble)}): {advice}; its log is {self.log}.")
+    def unexpected_end(self) -> EmbeddedError:
+        """The error for a server that was ready once and has ended."""
+        return self.failure(self._exit_text(), "start again")
 
     def kill(self) -> None:
-        """SIGKILL, as the kernel's OOM killer would; what was not synced may be lost."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-        self._drop_lock()
+        """SIGKILL, as by the kernel when memory runs out: what was not synced may be lost."""
+        self._end(signal.SIGKILL, grace=60)
 
     @abstractmethod
-    def _launch(self) -> subprocess.Popen[bytes]: ...
+    def _launch(self) -> None: ...
 
     @abstractmethod
     def _answers(self) -> bool: ...
 
-    def _end(self, sign: signal.Signals, seconds: float) -> None:
-        """Ask the server to end, and make it after `seconds`."""
-        if self.process is not None:
-            self.process.send_signal(sign)
-            try:
-                self.process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self._drop_lock()
+    def _spawn(self, command: Sequence[str | Path], **options: Any) -> Child:
+        """Start a program that writes to the log, holds the lock while it lives, and stops when this process ends."""
+        assert self._lock is not None
+        child = Child(
+            self.title,
+            command,
+            env=_environment(),
+            cwd=self._working_folder(),
+            log=self.log,
+            death_signal=signal.SIGINT,
+        )
+        try:
+            child.start(pass_fds=[self._lock.fileno()], **options)
+        except OSError as error:
+            raise cannot_run(command[0], error.strerror, self.setting) from None
+        self.child = child
+        return child
 
-    def _try_again_or_raise(self, waited: float) -> None:
-        passing = any(trouble in self._said() for trouble in PASSING_TROUBLES)
-        if not passing or waited > PATIENCE:
-            self._drop_lock()
-            assert self.process is not None
-            raise self.failure(f"{self.title} ended with {_reason(self.process.returncode)} instead of starting")
+    def _working_folder(self) -> Path | str:
+        return "/"
+
+    def _end(self, number: signal.Signals, grace: float) -> None:
+        if self.child is not None:
+            self.child.stop(number, grace)
+        self._release_lock()
+
+    def _retry_or_raise(self, waited: float) -> None:
+        assert self.child is not None
+        log = "\n".join(self.child.last_lines())
+        if waited > RETRY_SECONDS or not any(error in log for error in TRANSIENT_ERRORS):
+            self._release_lock()
+            raise self.failure(f"{self._exit_text()} before it answered")
         if not self._port_is_fixed:
             self.port = free_port()
         time.sleep(0.1)
         self.launch()
 
-    def _spawn(
-        self, command: Sequence[str | Path], account: Account | None = None, stdin: int = subprocess.DEVNULL
-    ) -> subprocess.Popen[bytes]:
-        """A child that writes to our log, keeps our lock for as long as it lives, and dies with us."""
-        assert self._lock is not None
-        uid, gid, groups = account or (None, None, None)
-        with self.log.open("ab") as log:
-            self._log_began = log.tell()
-            try:
-                return subprocess.Popen(  # noqa: S603  the operator's choice, or the wheels'
-                    command,
-                    stdin=stdin,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[self._lock.fileno()],
-                    preexec_fn=_beginning(),  # noqa: PLW1509  a few system calls, prepared before the fork
-                    user=uid,
-                    group=gid,
-                    extra_groups=groups,
-                    env=_environment(),
-                    cwd=self._working_folder(),
-                )
-            except OSError as error:
-                raise does_not_run(command[0], error.strerror, self.variable) from None
-
-    def _working_folder(self) -> Path | str:
-        return "/"
-
-    def _said(self) -> str:
-        """What the present start has written to the log, the end of it."""
-        with self.log.open("rb") as log:
-            log.seek(max(self._log_began, log.seek(0, os.SEEK_END) - _LAST))
-            return log.read().decode(errors="replace")
-
-    def _gist(self, trouble: str | None = None) -> str:
-        """The first line that names the trouble, else the last lines."""
-        lines = [line.strip() for line in self._said().splitlines() if line.strip()]
-        named = next((line for line in lines if trouble and trouble in line), None)
-        return named or " / ".join(lines[-3:])[-500:] or trouble or "it said nothing"
+    def _exit_text(self) -> str:
+        assert self.child is not None
+        assert self.child.process is not None
+        return exit_text(self.child.process.returncode)
 
     def _take_lock(self) -> None:
         if self._lock is not None:
             return
         path = self.folder / f"{self.name}.lock"
         lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + RETRY_SECONDS
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,12 +187,12 @@ class ServerProcess(ABC):
             except BlockingIOError:
                 lock.seek(0)
                 owner, starter = (int(pid) for pid in (lock.read().split() or ("0", "0")))
-                # Whoever was killed a moment ago leaves a server that is about to end.
+                # The server of a process that was killed a moment ago still holds the lock, and is about to end.
                 ending = starter == os.getpid() or not (_is_alive(starter) and _is_alive(owner))
                 if not ending or time.monotonic() > deadline:
                     lock.close()
                     raise EmbeddedError(
-                        f"{self.folder} is in use by process {owner}: stop that, or choose another folder."
+                        f"{self.folder} is in use by process {owner}: stop that process, or choose another folder."
                     ) from None
                 time.sleep(0.05)
         lock.truncate(0)
@@ -262,14 +201,14 @@ class ServerProcess(ABC):
         lock.flush()
         self._lock = lock
 
-    def _drop_lock(self) -> None:
+    def _release_lock(self) -> None:
         if self._lock is not None:
-            self._lock.close()  # children that are still ending hold it until they have
+            self._lock.close()  # the server's processes hold it until they have ended
             self._lock = None
 
 
 def make_folder(folder: Path) -> None:
-    """Make a server's folder, whatever the umask; leave alone one that is there."""
+    """Make a server's folder, whatever the umask; a folder that exists is not changed."""
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -278,21 +217,21 @@ def make_folder(folder: Path) -> None:
 
 
 def free_port() -> int:
-    """A port on loopback that is free now, and may be taken a moment later."""
+    """A port on loopback that is free now; another process may take it a moment later."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def password(folder: Path) -> str:
-    """The password of the servers in `folder`, made at the first call and readable by its owner only."""
+    """The password of the servers in `folder`, made at the first call and readable only by its owner."""
     path = folder / "password"
     if not path.exists():
         draft = folder / f"password.{os.getpid()}.{secrets.token_hex(4)}"
         draft.touch(0o600)
         try:
             draft.write_text(secrets.token_hex(16))
-            os.link(draft, path)  # in one step and only if there is none: two servers may start at once
+            os.link(draft, path)  # atomic, and fails if there is one: two servers may start at once
         except FileExistsError:
             pass
         finally:
@@ -300,30 +239,8 @@ def password(folder: Path) -> str:
     return path.read_text()
 
 
-def _beginning() -> Callable[[], None]:
-    """What a child does before it is the server: heed the signals that end it, and, on Linux, die with us.
-
-    Under nohup or in the background of a script we ignore SIGINT, and a server inherits that until it has handlers
-    of its own. At our death, whatever kills us, it gets SIGINT. The kernel watches the thread that forked, not the
-    process, so a server started by any other thread than the main one would end too early: it goes without.
-    """
-    watched = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
-    prctl = ctypes.CDLL(None, use_errno=True).prctl if watched else None
-    us = os.getpid()
-
-    def begin() -> None:
-        for number in _ENDING:
-            signal.signal(number, signal.SIG_DFL)
-        if prctl is not None:
-            prctl(PR_SET_PDEATHSIG, signal.SIGINT)
-            if os.getppid() != us:  # we died before the kernel was told to watch
-                os._exit(1)
-
-    return begin
-
-
 def _environment() -> dict[str, str]:
-    """Ours, without what would change how a server behaves or in which language it complains."""
+    """Ours without variables that change how a server behaves (PG…) or the language of its messages."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
     return ours | {"LC_ALL": "C"}
 
@@ -336,7 +253,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return pid > 0
-
-
-def _reason(code: int) -> str:
-    return f"status {code}" if code >= 0 else signal.Signals(-code).name

@@ -1,8 +1,8 @@
-"""PostgreSQL refuses to run as root: as whom it runs then, and in which folder that account can work.
+"""For root only: PostgreSQL refuses to run as root, so it runs as `nobody`, in folders which that account can reach.
 
-An ordinary user needs none of this. For root, PostgreSQL alone runs as `nobody`. What `nobody` cannot
-reach (below root's home, for one) is copied or made in /var/lib/tokentrail instead: opening up the parent
-folders would show others what root meant to hide, and /var/tmp is emptied of old files on some systems.
+Programs and data that `nobody` cannot reach (below root's home, for example) are copied to or created in
+/var/lib/tokentrail: opening the parent folders would show others what root hides, and some systems delete old files
+from /var/tmp.
 """
 
 from __future__ import annotations
@@ -13,41 +13,44 @@ import pwd
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 from worker.local.embedded.process import LOGS, EmbeddedError
 
-#: Root's own folder for what nobody must reach.
-SHELTER = Path("/var/lib/tokentrail")
-#: In a data folder: a link to the place in SHELTER where its PostgreSQL really is.
-ELSEWHERE = "postgresql-elsewhere"
+#: A folder that belongs to root and that every account can enter.
+SHARED_FOLDER: Final = Path("/var/lib/tokentrail")
+#: In a data folder: a link to the folder in SHARED_FOLDER that holds the cluster instead.
+LINK: Final = "postgresql-elsewhere"
 
 
 class Account(NamedTuple):
-    """As whom a server runs; fields of None are ourselves."""
+    """The account that PostgreSQL runs as; None for our own."""
 
     uid: int | None
     gid: int | None
-    groups: tuple[int, ...] | None
 
     def own(self, path: Path) -> None:
         """Make the account the owner of `path`."""
         if self.uid is not None and self.gid is not None:
             os.chown(path, self.uid, self.gid)
 
+    def popen_options(self) -> dict[str, Any]:
+        """The options with which Popen starts a process as this account."""
+        return {} if self.uid is None else {"user": self.uid, "group": self.gid, "extra_groups": ()}
+
 
 def account() -> Account:
-    """Whom PostgreSQL runs as. Raises EmbeddedError for a root without a `nobody`."""
+    """The account that PostgreSQL runs as. Raises EmbeddedError for root where there is no `nobody`."""
     if os.geteuid() != 0:
-        return Account(None, None, None)
+        return Account(None, None)
     try:
         nobody = pwd.getpwnam("nobody")
     except KeyError:
         raise EmbeddedError(
-            "PostgreSQL refuses to run as root and there is no account `nobody` to run it as:"
-            " run as an ordinary user, or set both DATABASE_URL and BROKER_URL."
+            "PostgreSQL refuses to run as root, and there is no account `nobody`: run this as an ordinary user, or set"
+            " DATABASE_URL and BROKER_URL to other servers."
         ) from None
-    return Account(nobody.pw_uid, nobody.pw_gid, ())
+    return Account(nobody.pw_uid, nobody.pw_gid)
 
 
 def reachable(path: Path) -> bool:
@@ -64,47 +67,47 @@ def programs(folder: Path) -> Path:
         return folder
     installation = folder.parent
     if not (installation / "share").is_dir() or not (installation.parent / "__init__.py").is_file():
-        raise EmbeddedError(f"The account nobody cannot run {folder / 'postgres'}: open up its folders to it.")
+        raise EmbeddedError(f"The account nobody cannot run {folder / 'postgres'}: give it access to that folder.")
     return _copy_of_package(installation.parent) / installation.name / folder.name
 
 
 def _copy_of_package(package: Path) -> Path:
-    """`package` (and the libraries that lie beside it), as a copy that everyone may read; made once."""
-    copy = _shelter() / f"{package.name}-{importlib.metadata.version(package.name)}"
+    """A copy of `package` and its libraries that every account can read; made once."""
+    copy = _shared_folder() / f"{package.name}-{importlib.metadata.version(package.name)}"
     if not copy.exists():
-        half = Path(tempfile.mkdtemp(prefix="copying-", dir=SHELTER))
+        draft = Path(tempfile.mkdtemp(prefix="copying-", dir=SHARED_FOLDER))
         for tree in (package, package.with_name(f"{package.name}.libs")):
             if tree.exists():
-                shutil.copytree(tree, half / tree.name, ignore=shutil.ignore_patterns("include", "*.a"))
-        for path in (half, *half.rglob("*")):
+                shutil.copytree(tree, draft / tree.name, ignore=shutil.ignore_patterns("include", "*.a"))
+        for path in (draft, *draft.rglob("*")):
             if not path.is_symlink():
                 mode = path.stat().st_mode
                 path.chmod(mode | (mode & 0o500) >> 3 | (mode & 0o500) >> 6)
         try:
-            half.rename(copy)
-        except OSError:  # another process was first
-            shutil.rmtree(half)
+            draft.rename(copy)
+        except OSError:  # another process made it meanwhile
+            shutil.rmtree(draft)
     return copy / package.name
 
 
 def home(folder: Path) -> Path:
-    """Where in `folder`, or instead of it, the account can keep a cluster; the same at every call."""
-    link = folder / ELSEWHERE
+    """The folder for the cluster: `folder` or, if the account cannot reach that, one that `folder` links to."""
+    link = folder / LINK
     if not link.is_symlink():
         if reachable(folder):
             return folder
-        place = Path(tempfile.mkdtemp(prefix="data-", dir=_shelter()))
+        place = Path(tempfile.mkdtemp(prefix="data-", dir=_shared_folder()))
         place.chmod(0o711)
         link.symlink_to(place)
     place = link.resolve()
     if not place.is_dir():
-        raise EmbeddedError(f"The data of {folder} was in {place}, which is gone: bring it back, or remove {link}.")
+        raise EmbeddedError(f"{place}, which holds the data of {folder}, is gone: restore it, or remove {link}.")
     return place
 
 
 def discard(folder: Path, *, except_logs: bool = False) -> None:
-    """Remove a data folder and what is kept elsewhere for it. What is gone already is no error."""
-    link = folder / ELSEWHERE
+    """Remove a data folder and the cluster that it links to. No error if they are gone."""
+    link = folder / LINK
     if link.is_symlink():
         shutil.rmtree(link.resolve(), ignore_errors=True)
     for path in folder.glob("*") if except_logs else [folder]:
@@ -114,9 +117,9 @@ def discard(folder: Path, *, except_logs: bool = False) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _shelter() -> Path:
-    SHELTER.mkdir(mode=0o755, exist_ok=True)
-    if SHELTER.is_symlink() or SHELTER.stat().st_uid != 0:
-        raise EmbeddedError(f"{SHELTER} must be a folder that belongs to root.")
-    SHELTER.chmod(0o755)  # whatever the umask was
-    return SHELTER
+def _shared_folder() -> Path:
+    SHARED_FOLDER.mkdir(mode=0o755, exist_ok=True)
+    if SHARED_FOLDER.is_symlink() or SHARED_FOLDER.stat().st_uid != 0:
+        raise EmbeddedError(f"{SHARED_FOLDER} must be a folder that belongs to root.")
+    SHARED_FOLDER.chmod(0o755)  # whatever the umask was
+    return SHARED_FOLDER
