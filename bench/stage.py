@@ -117,7 +117,7 @@ class Run:
             yield [child.pid for child in children]
             for child in children:
                 if not child.running:
-                    raise BenchmarkError(f"{child.name} {child.last_words}")
+                    raise BenchmarkError(child.ending)
         finally:
             family.stop(children, grace=STOP_TIMEOUT)
 
@@ -132,7 +132,7 @@ class Run:
         while not condition():
             for child in children:
                 if not child.running:
-                    raise BenchmarkError(f"{child.name} {child.last_words}")
+                    raise BenchmarkError(child.ending)
             if time.monotonic() > deadline:
                 raise BenchmarkError(f"A run did not end within {timeout:.0f} s; logs are in {self.stage.logs}.")
             time.sleep(_POLL_INTERVAL)

@@ -51,7 +51,7 @@ class Child:
         `death_signal` is what the child gets when this process ends, even by SIGKILL (Linux only).
         """
         self.name = name
-        self.command = list(command)
+        self.command: Sequence[str | Path] = command
         self.failures = 0  # restarts in a row
         self.restart_at: float | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -178,7 +178,7 @@ class Child:
         return bool(data)
 
     def drain(self) -> None:
-        """Read what a child that has ended left. Its own children may keep the pipe open, so do not wait for the end."""
+        """Read what an ended child left. Its own children may keep the pipe open, so do not wait for its end."""
         while self.read():
             pass
         if self.output is not None:

@@ -2,7 +2,8 @@
 
 examples.py   what every --help shows of its command in use
 failures.py   every error that a user can meet, as one sentence
-running.py    up, demo
+up.py         up
+demo.py       demo
 migrate.py    migrate
 adoption.py   what `migrate stamp` looks at in a database of other software
 worker.py     worker
@@ -27,7 +28,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from worker.cli import api, dead_letters, flower, migrate, publish, reading, running, settings, worker
+from worker.cli import api, dead_letters, demo, flower, migrate, publish, reading, settings, up, worker
 from worker.cli.examples import show_examples
 from worker.cli.failures import explain
 from worker.schema_version import known_revision
@@ -38,8 +39,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(running.up)
-app.command()(running.demo)
+app.command()(up.up)
+app.command()(demo.demo)
 app.add_typer(migrate.app, name="migrate")
 app.command()(worker.worker)
 app.command()(api.api)

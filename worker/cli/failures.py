@@ -18,7 +18,7 @@ from schema.text import one_line_error
 from worker.config import HOME, ConfigError
 from worker.local.demo import DemoError
 from worker.local.embedded import EmbeddedError
-from worker.local.up import AlreadyRunning, Failed
+from worker.local.up import UpError
 from worker.readiness import NotReady, postgresql_unreachable
 from worker.schema_version import SchemaError
 
@@ -62,7 +62,7 @@ _OF_POSTGRESQL: Final = {
 _OTHERWISE: Final = "its log has the statement and more, so mend what that names, and try again"
 
 #: Their messages are sentences already.
-_TOLD = (PublishError, EmbeddedError, DemoError, SchemaError, AlreadyRunning, Failed, NotReady)
+_TOLD = (PublishError, EmbeddedError, DemoError, SchemaError, UpError, NotReady)
 
 
 def explain(error: Exception) -> tuple[str | None, int]:

@@ -62,16 +62,14 @@ def worker(
 
 
 def _supervise(children: list[Child]) -> None:
-    """Keep all of them running until we are asked to stop; then let each finish its batch, however long that takes."""
+    """Keep all of them running until this process is asked to stop; then wait until each has finished its batch."""
     family = Family()
     with family.signals():
         for child in children:
             family.add(child)
         while not family.stopping:
-            for dead in family.step(0.5):
-                typer.echo(
-                    f"{dead.name} {dead.last_words}; it is started again in {dead.restart_later():.0f} s.", err=True
-                )
+            for child in family.step(0.5):
+                typer.echo(f"worker {child.ending}; restarting in {child.restart_later():.0f} s", err=True)
         family.stop(children, grace=None)
 
 

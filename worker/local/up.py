@@ -1,7 +1,7 @@
-"""`tokentrail up`: servers, worker, API and Flower as one thing that starts, talks and stops together.
+"""`tokentrail up`: servers, worker, API and Flower, started, logged and stopped together.
 
-A child that ends before everything has answered once stops it all, with exit code 1; afterwards it is started
-again, with a growing delay. A server that ends stops it all. Whatever ends `up`, SIGKILL too, ends its children.
+Until API and Flower have answered once, a child that ends stops everything, with exit code 1; afterwards it is
+restarted, with a growing delay. A server that ends stops everything. However this process ends, its children end too.
 """
 
 from __future__ import annotations
@@ -14,151 +14,219 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
 from worker.config import HOME, ROOT, load_settings
-from worker.listening import CannotListen, claim
+from worker.listening import CannotListen, listen
 from worker.local.embedded import EmbeddedError, servers
 from worker.migration import deploy
 from worker.migration_progress import migrating
 from worker.output import console
 from worker.processes import Child, Family
+from worker.readiness import check_broker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from worker.config import Settings
     from worker.local.embedded import Servers
 
 #: Seconds until API and Flower must have answered.
 _START_SECONDS: Final = 60.0
-#: Seconds that children get to end by themselves: the worker finishes its batch, answers under way are given.
-_GRACE: Final = {"demo": 2.0, "worker": 30.0, "api": 10.0, "flower": 5.0}
-#: Of Flower: it warns of every worker that is slow to introduce itself.
-_QUIET: Final = ("--", "--logging=error")
-_COLOURS: Final = {"up": "bold", "worker": "green", "api": "cyan", "flower": "magenta"}
+#: Seconds each child has to end by itself, in the order in which they are stopped. The worker finishes its batch.
+_GRACE_SECONDS: Final = {"demo": 2.0, "worker": 30.0, "api": 10.0, "flower": 5.0}
+#: The same for a worker whose servers are gone: it would wait for them.
+_GRACE_SECONDS_WITHOUT_SERVERS: Final = 2.0
+#: Ports tried for API and Flower, from the configured one on.
+_MAX_PORTS: Final = 200
+#: Flower warns of each worker that is slow to answer its inspections.
+_ERRORS_ONLY: Final = ("--", "--logging=error")
+_COLOURS: Final = {"up": "bold", "worker": "green", "api": "cyan", "flower": "magenta", "demo": ""}
 
 
-class AlreadyRunning(Exception):
-    """Another `tokentrail up` has this folder; the message says which."""
+class UpError(Exception):
+    """`up` cannot start or go on; the message says why."""
 
 
-class Failed(Exception):
-    """A part did not start, or cannot go on; the message says which and shows its last lines."""
+def up(*, with_demo: bool) -> None:
+    """Run everything until SIGINT, SIGTERM or SIGHUP; then stop worker, API, Flower and servers, in this order.
 
-
-def up(*, with_demo: bool, check_broker: Callable[[str], object]) -> None:
-    """Run everything until SIGINT, SIGTERM or SIGHUP; then stop it in order: worker, API, Flower, servers.
-
-    Raises AlreadyRunning, Failed, EmbeddedError or ConfigError, or what `check_broker` raises of a Redis that is
-    given; by then nothing is left running.
+    Raises UpError, EmbeddedError, ConfigError or NotReady; nothing is left running then.
     """
     HOME.mkdir(parents=True, exist_ok=True)
     family = Family()
     with _only_one(), family.signals(), contextlib.ExitStack() as stack:
-        stack.callback(_forget_addresses)
-        _forget_addresses()  # of one that was killed: the settings would take them for running servers
+        stack.callback(_remove_addresses)
+        _remove_addresses()  # of an `up` that was killed: the settings would take its servers for running ones
         load_settings.cache_clear()
-        given = load_settings()
-        if given.broker_url:
-            check_broker(given.broker())  # what it warns of, the worker says too
-        running = _Running(given, family)
-        running.run(stack, with_demo=with_demo)
-    running.say("stopped; nothing is left running.")
+        settings = load_settings()
+        if settings.broker_url:
+            check_broker(settings.broker())  # the worker prints its warnings
+        screen = _Screen(family)
+        _System(settings, family, screen).run(stack, with_demo=with_demo)
+    screen.say("stopped; nothing is left running")
 
 
-#: Where to find what listens on all addresses.
-_LOOPBACK_OF: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - only compared
+class _Service:
+    """API or Flower: the arguments of its command and where it listens."""
 
-
-class _Address(NamedTuple):
-    host: str
-    port: int
+    def __init__(self, name: str, host: str, port: int, health_path: str, options: Sequence[str] = ()) -> None:
+        self.name, self._host, self._port = name, host, port
+        self._health_path, self._options = health_path, options
 
     @property
     def url(self) -> str:
-        host = _LOOPBACK_OF.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        # What listens on all addresses is reached by loopback.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)  # noqa: S104 - only compared
+        return f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
 
-    def trouble(self, path: str) -> str | None:
-        """Why it does not answer well; None when it does."""
+    @property
+    def arguments(self) -> list[str]:
+        return [self.name, "--host", self._host, "--port", str(self._port), *self._options]
+
+    def move_to_free_port(self) -> bool:
+        """Take the first port, from the present one on, on which nothing listens; whether that is another port."""
+        present = self._port
+        ports = range(present, min(present + _MAX_PORTS, 65_536))
+        for self._port in ports:
+            try:
+                listen(self._host, self._port).close()
+            except CannotListen as error:
+                if not error.taken:
+                    raise UpError(str(error)) from error
+            else:
+                return self._port != present
+        raise UpError(
+            f"No port from {present} to {ports[-1]} is free on {self._host}: stop a program that listens there, or set"
+            f" TOKENTRAIL_{self.name.upper()}_PORT."
+        )
+
+    def problem(self) -> str | None:
+        """Why the health check fails; None when it answers 200."""
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=1)
         try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
+            connection.request("GET", self._health_path)
+            response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             return f"{self.url}: {getattr(error, 'strerror', None) or error or type(error).__name__}"
         finally:
             connection.close()
-        return None if answer.status == http.HTTPStatus.OK else f"{self.url}{path}: {answer.status} {answer.reason}"
+        if response.status == http.HTTPStatus.OK:
+            return None
+        return f"{self.url}{self._health_path}: {response.status} {response.reason}"
 
 
-class _Running:
-    """One run of `up`: its children, and what it tells about them."""
+class _Screen:
+    """Standard output: the lines of `up` and of its children, each with the name of its origin."""
 
-    def __init__(self, given: Settings, family: Family) -> None:
-        self._settings = given
+    def __init__(self, family: Family) -> None:
+        self.console = console()
         self._family = family
-        self._console = console()
-        self._held: list[Text] | None = None  # lines of the others while the demo draws on the terminal
-        self._pair: Servers | None = None
-        self._servers_gone = False
+        self._held: list[Text] | None = None
+
+    def say(self, sentence: str) -> None:
+        self.child_line("up", sentence)
+
+    def child_line(self, name: str, line: str) -> None:
+        text = Text.assemble((f"{name:>7} | ", _COLOURS[name]), Text.from_ansi(line))
+        if self._held is None:
+            self.print(text)
+        else:
+            self._held.append(text)
+
+    def print(self, text: Text) -> None:
+        try:
+            self.console.print(text, soft_wrap=True)
+            self.console.file.flush()
+        except (OSError, SystemExit):  # the reader of our output has ended (rich exits then): stop in order, silently
+            self._family.request_stop()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def hold(self) -> None:
+        """Keep lines until `release`, while the demo draws on the terminal."""
+        if self.console.is_terminal:
+            self._held = []
+
+    def release(self) -> None:
+        held, self._held = self._held, None
+        for text in held or ():
+            self.print(text)
+
+
+class _System:
+    """One run of `up`: servers, children, and the services that have an address."""
+
+    def __init__(self, settings: Settings, family: Family, screen: _Screen) -> None:
+        self._settings = settings
+        self._family = family
+        self._screen = screen
+        self._servers: Servers | None = None  # embedded ones
+        self._grace = _GRACE_SECONDS
         self._environment: dict[str, str] = {}
+        self._addresses: dict[str, object] = {"pid": os.getpid()}
+        self._api = _Service("api", settings.api_host, settings.api_port, "/readyz")
+        self._flower = _Service("flower", "127.0.0.1", settings.flower_port, "/healthcheck", _ERRORS_ONLY)
+        self._services = {service.name: service for service in (self._api, self._flower)}
 
     def run(self, stack: contextlib.ExitStack, *, with_demo: bool) -> None:
-        database_url, broker_url = self._start_servers(stack)
+        self._start_servers(stack)
         if self._family.stopping:
             return
-        with migrating(database_url, self._console) as tell:
-            done = deploy(database_url, tell)
-        if done.left:
-            self.say(done.left)
-        elif done.applied:
-            self.say(f"migrated the database to {done.applied[-1]}")
-        given = self._settings
-        api = _Address(given.api_host, _free_port(stack, "API", given.api_host, given.api_port))
-        flower = _Address("127.0.0.1", _free_port(stack, "FLOWER", "127.0.0.1", given.flower_port))
-        addresses = {
-            "database_url": database_url,
-            "broker_url": broker_url,
-            "api_url": api.url,
-            "flower_url": flower.url,
-            "pid": os.getpid(),
-        }
-        _remember_addresses(addresses)
+        self._migrate()
         try:
-            self._start_children(addresses, api, flower)
-            if self._wait_until_answering({"api": (api, "/readyz"), "flower": (flower, "/healthcheck")}):
-                if with_demo:
-                    self._run_demo()
-                if not self._family.stopping:
-                    self._announce(api.url, flower.url)
-                self._watch()
+            self._start_children()
+            self._wait_until_answering()
+            if with_demo and not self._family.stopping:
+                self._run_demo()
+            if not self._family.stopping:
+                self._announce()
+            while not self._family.stopping:
+                self._step(self._restart)
         except EmbeddedError:
-            self._servers_gone = True
+            self._grace = dict.fromkeys(_GRACE_SECONDS, _GRACE_SECONDS_WITHOUT_SERVERS)
             raise
         finally:
             self._stop_children()
 
-    def _start_children(self, addresses: dict[str, Any], api: _Address, flower: _Address) -> None:
+    def _start_servers(self, stack: contextlib.ExitStack) -> None:
+        """Find out the URLs of PostgreSQL and the broker: those of the settings, else of servers started here."""
+        database_url, broker_url = self._settings.database_url, self._settings.broker_url
+        if not (database_url and broker_url):
+            began = time.monotonic()
+            self._servers = stack.enter_context(servers(HOME / "data"))
+            stack.callback(lambda: self._screen.say("stopping PostgreSQL and Valkey …"))
+            seconds = time.monotonic() - began
+            self._screen.say(f"started PostgreSQL and Valkey ({seconds:.1f} s); data and logs: {HOME / 'data'}")
+        for name, url in (("database_url", database_url), ("broker_url", broker_url)):
+            self._addresses[name] = url.get_secret_value() if url else getattr(self._servers, name)
+
+    def _migrate(self) -> None:
+        database_url = str(self._addresses["database_url"])
+        with migrating(database_url, self._screen.console) as report:
+            result = deploy(database_url, report)
+        if result.left:
+            self._screen.say(result.left)
+        elif result.applied:
+            self._screen.say(f"migrated the database to {result.applied[-1]}")
+
+    def _start_children(self) -> None:
         self._environment = {
             **self._open_api(),
             **os.environ,
-            "DATABASE_URL": addresses["database_url"],
-            "BROKER_URL": addresses["broker_url"],
+            "DATABASE_URL": str(self._addresses["database_url"]),
+            "BROKER_URL": str(self._addresses["broker_url"]),
             "TOKENTRAIL_HOME": str(HOME.absolute()),
             "PYTHONUNBUFFERED": "1",
         }
         if self._settings.log_format == "auto":
-            self._environment["TOKENTRAIL_LOG_FORMAT"] = "console"  # a person reads it, though through our pipe
-        for name, command in {
-            "worker": ("--name", "worker"),
-            "api": ("--host", api.host, "--port", str(api.port)),
-            "flower": ("--host", flower.host, "--port", str(flower.port), *_QUIET),
-        }.items():
-            self._family.add(self._child(name, *command, on_line=self._line))
+            self._environment["TOKENTRAIL_LOG_FORMAT"] = "console"  # a person reads it, though through a pipe
+        for service in self._services.values():
+            service.move_to_free_port()
+        self._write_addresses()
+        for arguments in (["worker", "--name", "worker"], self._api.arguments, self._flower.arguments):
+            self._family.add(self._child(arguments, on_line=self._screen.child_line))
 
     def _open_api(self) -> dict[str, str]:
         """Flower's API asks for no password where only servers of our own are behind it.
@@ -168,167 +236,125 @@ class _Running:
         given = self._settings.database_url or self._settings.broker_url
         return {} if given else {"FLOWER_UNAUTHENTICATED_API": "true"}
 
-    def _child(self, name: str, *command: str, on_line: Callable[[str, str], None] | None = None) -> Child:
-        program = [sys.executable, "-m", "worker.cli", name, *command]
-        return Child(name, program, env=self._environment, cwd=ROOT, on_line=on_line)
+    def _child(self, arguments: Sequence[str], on_line: Callable[[str, str], None] | None = None) -> Child:
+        return Child(arguments[0], _command(arguments), env=self._environment, cwd=ROOT, on_line=on_line)
 
-    def _stop_children(self) -> None:
-        self._forward_held()
-        if self._family.stopping:
-            self.say("stopping …")
-        for name, grace in _GRACE.items():
-            # Without its servers a worker would wait for them rather than end.
-            seconds = min(grace, 2.0) if self._servers_gone else grace
-            self._family.stop([each for each in self._family.children if each.name == name], seconds, say=self.say)
+    def _write_addresses(self) -> None:
+        _write_addresses(self._addresses | {"api_url": self._api.url, "flower_url": self._flower.url})
 
-    def say(self, sentence: str) -> None:
-        self._print(Text.assemble(("     up | ", _COLOURS["up"]), sentence))
-
-    def _start_servers(self, stack: contextlib.ExitStack) -> tuple[str, str]:
-        """The addresses of PostgreSQL and the broker: those that are set, else embedded ones, started here."""
-        database_url, broker_url = self._settings.database_url, self._settings.broker_url
-        if database_url and broker_url:
-            return database_url.get_secret_value(), broker_url.get_secret_value()
-        began = time.monotonic()
-        self._pair = stack.enter_context(servers(HOME / "data"))
-        stack.callback(lambda: self.say("stopping PostgreSQL and Valkey …"))
-        self.say(f"PostgreSQL and Valkey run ({time.monotonic() - began:.1f} s); data and logs are in {HOME / 'data'}")
-        return (
-            database_url.get_secret_value() if database_url else self._pair.database_url,
-            broker_url.get_secret_value() if broker_url else self._pair.broker_url,
-        )
-
-    def _wait_until_answering(self, waiting: dict[str, tuple[_Address, str]]) -> bool:
-        """Whether all answer; False when we are to stop. Raises Failed for a child that ends meanwhile."""
-        end = time.monotonic() + _START_SECONDS
+    def _wait_until_answering(self) -> None:
+        """Return when API and Flower answer, or a stop was requested. Raises UpError when a child ends first."""
+        deadline = time.monotonic() + _START_SECONDS
+        waiting = list(self._services.values())
         while waiting and not self._family.stopping:
-            self._step(self._stop_for_dead)
-            troubles = {name: trouble for name, (to, path) in waiting.items() if (trouble := to.trouble(path))}
-            waiting = {name: waiting[name] for name in troubles}
-            if waiting and time.monotonic() > end:
-                raise Failed(
-                    f"{' and '.join(waiting)} did not answer within {_START_SECONDS:.0f} s"
-                    f" ({'; '.join(troubles.values())}): mend what the lines above say of it, or start again when this"
-                    " machine has less to do."
+            self._step(self._ended_before_answering)
+            problems = {service: problem for service in waiting if (problem := service.problem())}
+            waiting = list(problems)
+            if waiting and time.monotonic() > deadline:
+                raise UpError(
+                    f"{' and '.join(service.name for service in waiting)} did not answer within {_START_SECONDS:.0f} s"
+                    f" ({'; '.join(problems.values())}): see the lines above, or try again when this machine is idle."
                 )
-        return not self._family.stopping
+
+    def _ended_before_answering(self, child: Child) -> None:
+        if not self._moved(child):
+            raise UpError(f"{child.ending} before it answered: see its lines above.")
+        child.start()
+
+    def _restart(self, child: Child) -> None:
+        if child.name != "demo":
+            self._moved(child)
+            self._screen.say(f"{child.ending}; restarting in {child.restart_later():.0f} s")
+
+    def _moved(self, child: Child) -> bool:
+        """Whether the child lost its port to another program, such as an `up` in another folder; then it gets another.
+
+        Until it has ended, the other's answers are taken for its own.
+        """
+        service = self._services.get(child.name)
+        if service is None or not service.move_to_free_port():
+            return False
+        child.command = _command(service.arguments)
+        self._write_addresses()
+        self._screen.say(f"another program took the port of {child.name}, which moves to {service.url}")
+        return True
 
     def _run_demo(self) -> None:
-        demo = self._child("demo")
-        self._held = [] if self._console.is_terminal else None
-        self._family.add(demo)
+        self._screen.hold()
+        demo = self._family.add(self._child(["demo"]))
         while demo.running and not self._family.stopping:
             self._step(self._restart)
         if self._family.stopping:
             return
         self._family.children.remove(demo)
-        self._forward_held()
+        self._screen.release()
         if demo.process is not None and demo.process.returncode:
-            self.say("the demo has failed; everything else goes on.")
+            self._screen.say("the demo failed; everything else keeps running")
 
-    def _watch(self) -> None:
-        while not self._family.stopping:
-            self._step(self._restart)
-
-    def _step(self, on_death: Callable[[Child], None]) -> None:
+    def _step(self, on_end: Callable[[Child], None]) -> None:
         for child in self._family.step(0.2):
-            on_death(child)
-        if self._pair is not None and not self._family.stopping:
-            self._pair.check()
+            on_end(child)
+        if self._servers is not None and not self._family.stopping:
+            self._servers.check()
 
-    def _stop_for_dead(self, child: Child) -> None:
-        raise Failed(f"{child.name} {child.last_words}")
+    def _announce(self) -> None:
+        history = f"{self._api.url}/api/account/transaction-history?userId=acme-research&page=1&limit=10"
+        self._screen.print(Text())
+        self._screen.print(Text("tokentrail is running; Ctrl-C stops it.", style="bold"))
+        for name, url in {"history": history, "API": self._api.url, "Flower": self._flower.url}.items():
+            self._screen.print(Text.assemble(f"  {name:<8}", (url, "underline")))
+        self._screen.print(Text())
 
-    def _restart(self, child: Child) -> None:
-        if child.name == "demo":
-            return
-        how = child.last_words
-        self.say(f"{child.name} {how}\n{'':9}it is started again in {child.restart_later():.0f} s.")
-
-    def _announce(self, api_url: str, flower_url: str) -> None:
-        history = f"{api_url}/api/account/transaction-history?userId=acme-research&page=1&limit=10"
-        lines = {"history": history, "API": api_url, "Flower": flower_url}
-        self._print(Text())
-        self._print(Text("tokentrail is running; Ctrl-C stops it.", style="bold"))
-        for name, url in lines.items():
-            self._print(Text.assemble(f"  {name:<8}", (url, "underline")))
-        self._print(Text())
-
-    def _line(self, name: str, line: str) -> None:
-        text = Text.assemble((f"{name:>7} | ", _COLOURS[name]), Text.from_ansi(line))
-        if self._held is None:
-            self._print(text)
-        else:
-            self._held.append(text)
-
-    def _forward_held(self) -> None:
-        held, self._held = self._held, None
-        for text in held or ():
-            self._print(text)
-
-    def _print(self, text: Text) -> None:
-        try:
-            self._console.print(text, soft_wrap=True)
-            self._console.file.flush()
-        except (OSError, SystemExit):  # whoever read us has gone (rich would exit then): stop in order, say no more
-            self._family.stopping += 1
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    def _stop_children(self) -> None:
+        self._screen.release()
+        if self._family.stopping:
+            self._screen.say("stopping …")
+        for name, grace in self._grace.items():
+            children = [child for child in self._family.children if child.name == name]
+            self._family.stop(children, grace, report=self._screen.say)
 
 
-def _free_port(stack: contextlib.ExitStack, what: str, host: str, first: int) -> int:
-    """The first port from `first` on that nobody has, ours until the stack unwinds; `what` is to listen there."""
-    ports = range(first, min(first + 200, 65_536))
-    for port in ports:
-        try:
-            stack.enter_context(claim(host, port))
-        except CannotListen as error:
-            if not error.taken:
-                raise Failed(str(error)) from error
-            continue
-        return port
-    raise Failed(
-        f"No port from {first} to {ports[-1]} is free on {host}: stop what listens there, or name another with"
-        f" TOKENTRAIL_{what}_PORT."
-    )
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "worker.cli", *arguments]
 
 
 @contextlib.contextmanager
 def _only_one() -> Iterator[None]:
-    """Hold this folder for us. The lock ends with our process, however that ends."""
+    """Keep another `up` out of this folder. The lock ends with this process, however that ends."""
     with (HOME / "up.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise AlreadyRunning(_who_is_running()) from None
+            raise UpError(_other_up()) from None
         yield
 
 
-def _who_is_running() -> str:
+def _other_up() -> str:
     try:
-        other: dict[str, Any] = json.loads(_addresses().read_text())
+        other: dict[str, Any] = json.loads(_addresses_file().read_text())
     except (OSError, ValueError):
         return f"Another `tokentrail up` is starting in {Path.cwd()}."
     return (
-        f"`tokentrail up` runs here already (process {other['pid']}): its API is at {other['api_url']}, Flower at"
-        f" {other['flower_url']}; stop it first, or use another folder (TOKENTRAIL_HOME)."
+        f"`tokentrail up` already runs in this folder (process {other['pid']}), with its API at {other['api_url']} and"
+        f" Flower at {other['flower_url']}: stop it first, or use another folder (TOKENTRAIL_HOME)."
     )
 
 
-def _addresses() -> Path:
+def _addresses_file() -> Path:
     return HOME / "servers.json"
 
 
-def _remember_addresses(what: dict[str, object]) -> None:
-    """Tell the other commands in this folder, and nobody else: the URLs carry passwords."""
+def _write_addresses(addresses: dict[str, object]) -> None:
+    """Write the URLs for other commands in this folder, readable only by this user: they contain passwords."""
     draft = HOME / f"servers.json.{os.getpid()}"
     try:
         draft.touch(mode=0o600)
-        draft.write_text(json.dumps(what))
-        draft.replace(_addresses())
+        draft.write_text(json.dumps(addresses))
+        draft.replace(_addresses_file())
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(draft)) from error  # a write that fails does not say where
+        raise OSError(error.errno, error.strerror, str(draft)) from error  # a failed write does not name the file
 
 
-def _forget_addresses() -> None:
-    _addresses().unlink(missing_ok=True)
+def _remove_addresses() -> None:
+    _addresses_file().unlink(missing_ok=True)

@@ -1,19 +1,28 @@
-"""`tokentrail demo`: publish a small token economy, wait until all of it is decided, and show what became of it.
+"""`tokentrail demo`: publish a small token economy, wait until every event is decided, and show the books.
 
 economy.py  the events
-report.py   what PostgreSQL says afterwards
+report.py   what PostgreSQL holds afterwards, as tables or JSON
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from typing import TYPE_CHECKING, Final
 
+from pydantic import SecretStr
+
+from worker.config import ROOT
 from worker.db import connect
 from worker.local.demo import report
 from worker.local.demo.economy import Delivery, Economy
 from worker.local.demo.report import Report, show
+from worker.local.embedded import servers
+from worker.migration import migrate
 from worker.output import progress
+from worker.processes import Child
 from worker.schema_version import check_schema
 
 if TYPE_CHECKING:
@@ -26,49 +35,80 @@ if TYPE_CHECKING:
     from schema.publisher import Publisher
     from worker.config import Settings
 
-__all__ = ["DemoError", "Economy", "Report", "run_demo", "show"]
+__all__ = ["DemoError", "Economy", "Report", "run_demo", "run_on_throw_away_servers", "show"]
 
-#: The demo gives up when so many seconds pass without a further event decided.
-_PATIENCE_SECONDS: Final = 60.0
-
-_STEP: Final = 5_000  # events published between two looks of the bar
+#: Seconds without a further outcome after which the demo gives up.
+_MAX_IDLE_SECONDS: Final = 60.0
+#: Seconds the demo's own worker has to stop.
+_GRACE_SECONDS: Final = 10.0
+#: Events published between two updates of the progress bar.
+_STEP: Final = 5_000
 
 
 class DemoError(Exception):
-    """The demo did not come to its end; the message says why, and what to do."""
+    """The demo cannot finish; the message says why, and what to do."""
+
+
+def run_on_throw_away_servers(settings: Settings, economy: Economy, console: Console) -> Report:
+    """Run the demo on servers and a worker that are started here; nothing of them is left afterwards.
+
+    Raises EmbeddedError when a server fails, and what `run_demo` raises.
+    """
+    console.print("Starting throw-away servers and a worker …")
+    with servers() as running:
+        migrate(running.database_url)
+        worker = Child(
+            "worker",
+            [sys.executable, "-m", "worker.cli", "worker", "--name", "demo"],
+            env={**os.environ, "DATABASE_URL": running.database_url, "BROKER_URL": running.broker_url},
+            cwd=ROOT,
+            log=running.logs / "worker.log",
+        )
+
+        def check() -> None:
+            running.check()
+            if not worker.running:
+                raise DemoError(f"The demo's {worker.ending}")
+
+        urls = {"database_url": SecretStr(running.database_url), "broker_url": SecretStr(running.broker_url)}
+        worker.start()
+        try:
+            return run_demo(settings.model_copy(update=urls), economy, console, check)
+        finally:
+            worker.stop(signal.SIGTERM, _GRACE_SECONDS)
 
 
 def run_demo(
     settings: Settings, economy: Economy, console: Console, check: Callable[[], None] = lambda: None
 ) -> Report:
-    """Publish the economy, wait until every event has an outcome, and read the books; the console shows how far it is.
+    """Publish the economy, wait until every event has an outcome, and read the books. Progress goes to the console.
 
-    Somebody else runs the worker; `check` is called while we wait for it, and may raise. Raises ConfigError or
-    SchemaError, with nothing published, PublishError when Redis does not take it, and DemoError when nothing has
-    been decided for a minute.
+    A worker must be running elsewhere; `check` is called while waiting for it, and may raise. Raises ConfigError or
+    SchemaError before anything is published, PublishError when Redis does not accept an event, and DemoError when no
+    further event is decided for a minute.
     """
     deliveries = list(economy.deliveries())
-    arriving = sum(len(delivery.events) for delivery in deliveries)
+    published = sum(len(delivery.events) for delivery in deliveries)
     with connect(settings.database(), settings, name="tokentrail demo") as connection:
         if warning := check_schema(connection):
             console.print(warning)
         with settings.publisher() as publisher:
             console.print(
                 f"Publishing {economy.size:,} events of {len(economy.users)} users,"
-                f" {arriving - economy.size:,} of them twice …"
+                f" {published - economy.size:,} of them twice …"
             )
             began = time.monotonic()
-            _publish(publisher, deliveries, arriving, console)
+            _publish(publisher, deliveries, published, console)
         _wait(connection, economy, console, check)
         seconds = time.monotonic() - began
         console.print(f"All decided {seconds:.1f} s after the first was published.")
         console.print()
-        return report.read(connection, economy, arriving)
+        return report.read(connection, economy, published)
 
 
-def _publish(publisher: Publisher, deliveries: Iterable[Delivery], arriving: int, console: Console) -> None:
+def _publish(publisher: Publisher, deliveries: Iterable[Delivery], total: int, console: Console) -> None:
     singles: list[Event] = []
-    with progress("publishing", arriving, console) as advance:
+    with progress("publishing", total, console) as advance:
 
         def send() -> None:
             publisher.publish_all(singles)
@@ -89,18 +129,17 @@ def _publish(publisher: Publisher, deliveries: Iterable[Delivery], arriving: int
 
 def _wait(connection: psycopg.Connection, economy: Economy, console: Console, check: Callable[[], None]) -> None:
     with progress("applying", economy.size, console) as advance:
-        decided, since = 0, time.monotonic()
-        while True:
+        decided, last_progress = 0, time.monotonic()
+        while decided < economy.size:
             check()
-            now_decided = report.decided(connection, economy)
-            if now_decided > decided:
-                advance(now_decided - decided)
-                decided, since = now_decided, time.monotonic()
-            if decided >= economy.size:
-                return
-            if time.monotonic() - since > _PATIENCE_SECONDS:
+            count = report.count_decided(connection, economy)
+            if count > decided:
+                advance(count - decided)
+                decided, last_progress = count, time.monotonic()
+            elif time.monotonic() - last_progress > _MAX_IDLE_SECONDS:
                 raise DemoError(
-                    f"{economy.size - decided:,} of {economy.size:,} events have no outcome, and none was decided for"
-                    f" {_PATIENCE_SECONDS:.0f} s: is a worker running? Start one with `tokentrail worker`."
+                    f"{economy.size - decided:,} of {economy.size:,} events have no outcome, and none was decided in"
+                    f" the last {_MAX_IDLE_SECONDS:.0f} s: is a worker running? Start one with `tokentrail worker`."
                 )
-            time.sleep(0.2)
+            else:
+                time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""A believable token economy: who buys tokens, what spends them, and what the network does to the messages."""
+"""A believable token economy: users buy tokens and spend them, and some messages are delivered twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from schema.events import Accrual, Burn, Event
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: A few customers do most of it, each with its share of the traffic.
+#: The few users of most events, and the share of each in percent.
 HEAVY_USERS: Final = {
     "acme-research": 30,
     "globex-labs": 18,
@@ -21,15 +21,15 @@ HEAVY_USERS: Final = {
     "hooli-search": 5,
 }
 _LIGHT_USERS: Final = 140
-_LIGHT_SHARE: Final = 27  # of 100
+_LIGHT_SHARE: Final = 27  # percent, of all light users together
 _FIRST_NAMES: Final = (
     *("ada", "bela", "chen", "dora", "emre", "fatou", "goran", "hana", "ines", "jonas", "kofi", "lena"),
     *("mira", "noor", "omar", "petra", "quinn", "rosa", "sven", "tariq", "uma", "vera", "wei", "yuki"),
 )
 
-REPEATED: Final = 20  # one delivery in so many arrives again
-_BULK_EVERY: Final = 70  # one step in so many is a night's batch in one message
-_BEGINS: Final = datetime(2026, 1, 5, 8, tzinfo=UTC)  # fixed: the same seed and run must say the same again
+REPEATED: Final = 20  # one delivery in 20 is repeated
+_BULK_EVERY: Final = 70  # one step in 70 of a heavy user is a bulk message
+_START: Final = datetime(2026, 1, 5, 8, tzinfo=UTC)  # fixed: the same seed and run must make the same events
 
 _CHAT: Final = Decimal("0.00021")  # tokens per model token
 _EMBEDDING: Final = Decimal("0.000000111")
@@ -37,37 +37,37 @@ _IMAGE: Final = Decimal("0.04")
 
 
 class Delivery(NamedTuple):
-    """What is published at once: one event, or many in one message."""
+    """One message: a single event, or many in a bulk message."""
 
     events: tuple[Event, ...]
     bulk: bool
-    again: bool  # it was delivered before
+    repeated: bool  # it was delivered before
 
 
 class Economy:
-    """Events of a made-up month; seed and run decide all of them, keys included."""
+    """The events of an invented month; seed and run determine all of them, keys included."""
 
     def __init__(self, seed: int, run: str, size: int) -> None:
-        """`size` different events; with the repeated deliveries a few per cent more arrive."""
+        """Make `size` different events; repeated deliveries come on top, a few percent."""
         self.size = size
         self.prefix = f"demo-{run}-"
-        self._random = Random(seed)  # noqa: S311 - a story, not a secret
+        self._random = Random(seed)  # noqa: S311 - no secret
         self._made = 0
-        self._now = _BEGINS
+        self._now = _START
         light = self._light_users(min(_LIGHT_USERS, max(size // 10, 1)))
         self.users = [*HEAVY_USERS, *light]
         self._shares = [*HEAVY_USERS.values(), *(_LIGHT_SHARE / len(light) for _ in light)]
-        # What each would hold if all were applied in order: it decides who buys and who overdraws, no more.
+        # The balances if all events were applied in order: users with a low one buy tokens.
         self._balances = dict.fromkeys(self.users, Decimal(0))
 
     def deliveries(self) -> Iterator[Delivery]:
-        """Everything that arrives, in order. One delivery in 20 arrives again, a little later."""
+        """All deliveries in order. One in 20 is repeated a little later."""
         repeats: list[tuple[int, Delivery]] = []
         for step, delivery in enumerate(self._first_deliveries()):
             yield delivery
-            # A bulk repeats many events at once, so it does so less often.
+            # Bulk messages repeat many events at once, so they are repeated less often.
             if self._random.random() < 1 / (REPEATED * (4 if delivery.bulk else 1)):
-                repeats.append((step + self._random.randint(1, 200), delivery._replace(again=True)))
+                repeats.append((step + self._random.randint(1, 200), delivery._replace(repeated=True)))
             while repeats and repeats[0][0] <= step:
                 yield repeats.pop(0)[1]
         for _, delivery in repeats:
@@ -76,28 +76,22 @@ class Economy:
     def _first_deliveries(self) -> Iterator[Delivery]:
         bonus = [self._accrual(user, Decimal(25), "signup-bonus") for user in self.users[: self.size]]
         for start in range(0, len(bonus), 100):
-            yield Delivery(tuple(bonus[start : start + 100]), bulk=True, again=False)
+            yield Delivery(tuple(bonus[start : start + 100]), bulk=True, repeated=False)
         while self._made < self.size:
             user = self._random.choices(self.users, self._shares)[0]
             if user in HEAVY_USERS and self._random.randrange(_BULK_EVERY) == 0:
                 count = min(self._random.randint(20, 80), self.size - self._made)
-                yield Delivery(tuple(self._embedding(user) for _ in range(count)), bulk=True, again=False)
+                yield Delivery(tuple(self._embedding(user) for _ in range(count)), bulk=True, repeated=False)
             else:
-                yield Delivery((self._next_of(user),), bulk=False, again=False)
+                yield Delivery((self._next_event(user),), bulk=False, repeated=False)
 
-    def _next_of(self, user: str) -> Event:
+    def _next_event(self, user: str) -> Event:
         heavy = user in HEAVY_USERS
         if self._balances[user] < (200 if heavy else 5) and self._random.random() < (0.9 if heavy else 0.5):
-            if heavy:
-                packs = (500, 1000, 2500)
-                return self._accrual(
-                    user, Decimal(self._random.choice(packs)), "purchase", order=self._random.randrange(10**6)
-                )
-            if self._random.random() < 0.2:  # noqa: PLR2004 - of light users' accruals
+            if not heavy and self._random.random() < 0.2:  # noqa: PLR2004 - one in five
                 return self._accrual(user, Decimal("2.5"), "referral", friend=self._random.choice(self.users))
-            return self._accrual(
-                user, Decimal(self._random.choice((10, 20))), "purchase", order=self._random.randrange(10**6)
-            )
+            pack = Decimal(self._random.choice((500, 1000, 2500) if heavy else (10, 20)))
+            return self._accrual(user, pack, "purchase", order=self._random.randrange(10**6))
         makers: tuple[Callable[[str], Event], ...] = (self._chat, self._embedding, self._image, self._fine_tuning)
         return self._random.choices(makers, (58, 20, 12, 10))[0](user)
 
@@ -115,7 +109,7 @@ class Economy:
         return self._burn(user, count * _IMAGE, "image", model="canvas-1", images=count, size="1024x1024")
 
     def _fine_tuning(self, user: str) -> Event:
-        """Costly: most light users ask for more than they hold."""
+        """Expensive: most light users do not have that many tokens."""
         epochs = self._random.randint(1, 3)
         return self._burn(user, epochs * Decimal("19.99"), "fine-tuning", model="sonata-mini", epochs=epochs)
 

@@ -1,4 +1,4 @@
-"""What PostgreSQL says about a demo's events: counts while it runs, tables when all is decided."""
+"""What PostgreSQL holds of a demo: how many of its events are decided, and the books at its end."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from schema.responses import TransactionHistory
     from worker.local.demo.economy import Economy
 
-#: Keys of one run lie side by side in each user's part of the unique index.
-_MINE: Final = "user_id = ANY(%(users)s) AND idempotency_key >= %(first)s AND idempotency_key < %(behind)s"
+#: The keys of one run are adjacent in each user's part of the unique index.
+_RUN: Final = "user_id = ANY(%(users)s) AND idempotency_key >= %(first)s AND idempotency_key < %(end)s"
 
 _DECIDED: Final = f"""
-    SELECT (SELECT count(*) FROM transaction_record WHERE {_MINE})
-         + (SELECT count(*) FROM rejected_event WHERE {_MINE})
-         + (SELECT count(*) FROM dead_letter WHERE {_MINE})
-"""  # noqa: S608 - our own text
+    SELECT (SELECT count(*) FROM transaction_record WHERE {_RUN})
+         + (SELECT count(*) FROM rejected_event WHERE {_RUN})
+         + (SELECT count(*) FROM dead_letter WHERE {_RUN})
+"""  # noqa: S608 - no text from outside
 
 _OUTCOMES: Final = f"""
-    SELECT 'applied', type, NULL, count(*), sum(amount) FROM transaction_record WHERE {_MINE} GROUP BY type
+    SELECT 'applied', type, NULL, count(*), sum(amount) FROM transaction_record WHERE {_RUN} GROUP BY type
     UNION ALL
-    SELECT 'rejected', type, reason, count(*), sum(amount) FROM rejected_event WHERE {_MINE} GROUP BY type, reason
+    SELECT 'rejected', type, reason, count(*), sum(amount) FROM rejected_event WHERE {_RUN} GROUP BY type, reason
     UNION ALL
-    SELECT 'dead-lettered', NULL, reason, count(*), NULL FROM dead_letter WHERE {_MINE} GROUP BY reason
+    SELECT 'dead-lettered', NULL, reason, count(*), NULL FROM dead_letter WHERE {_RUN} GROUP BY reason
     ORDER BY 1, 2, 3
-"""  # noqa: S608 - our own text
+"""  # noqa: S608 - no text from outside
 
 _TOP: Final = """
     SELECT user_id, balance, sequence, rejections, last_recorded_at FROM account
@@ -45,15 +45,15 @@ _TOP: Final = """
 _HELD: Final = "SELECT coalesce(sum(balance - opening_balance), 0) FROM account WHERE sequence > 0"
 
 
-def decided(connection: psycopg.Connection, economy: Economy) -> int:
+def count_decided(connection: psycopg.Connection, economy: Economy) -> int:
     """How many of the events have an outcome."""
-    row = connection.execute(_DECIDED, _mine(economy)).fetchone()
+    row = connection.execute(_DECIDED, _key_range(economy)).fetchone()
     assert row is not None  # an aggregate has one row
     return int(row[0])
 
 
 class Account(NamedTuple):
-    """One of the accounts that hold most."""
+    """One of the accounts with the highest balances."""
 
     user_id: str
     balance: Decimal
@@ -62,8 +62,8 @@ class Account(NamedTuple):
     last_recorded_at: datetime | None
 
 
-class Fate(NamedTuple):
-    """How many events ended in one way, and their tokens: None where their amounts could not be read."""
+class OutcomeCount(NamedTuple):
+    """How many events have one outcome, and their tokens: None for dead letters, whose amounts may be unreadable."""
 
     outcome: str
     type: str | None
@@ -73,25 +73,25 @@ class Fate(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The books after a run, all of one moment."""
+    """The books after a run, read in one snapshot."""
 
-    fates: list[Fate]
-    repeated: int  # deliveries of events that were decided already
-    top: list[Account]
+    outcomes: list[OutcomeCount]
+    repeated: int  # deliveries of events that were already decided
+    top_accounts: list[Account]
     supply: Supply
-    held: Decimal  # by all accounts, beyond what they held before the trail
+    held: Decimal  # by all accounts, without their opening balances from the legacy schema
     user_id: str
     history: TransactionHistory
 
     @property
     def balanced(self) -> bool:
-        """Whether the supply is what the accounts hold."""
+        """Whether the supply equals the sum of the accounts' balances."""
         return self.supply.circulating == self.held
 
     def json_text(self) -> str:
-        """All of it as one JSON object; amounts are text."""
-        found = {
-            "outcomes": [fate._asdict() for fate in self.fates],
+        """The report as one JSON object; amounts are text."""
+        fields = {
+            "outcomes": [outcome._asdict() for outcome in self.outcomes],
             "deliveredAgain": self.repeated,
             "balances": [
                 {
@@ -101,7 +101,7 @@ class Report(NamedTuple):
                     "rejections": account.rejections,
                     "lastRecordedAt": account.last_recorded_at,
                 }
-                for account in self.top
+                for account in self.top_accounts
             ],
             "supply": self.supply._asdict(),
             "held": self.held,
@@ -109,34 +109,34 @@ class Report(NamedTuple):
             "userId": self.user_id,
             "history": json.loads(self.history.json_text()),
         }
-        return json.dumps(found, default=_as_text)
+        return json.dumps(fields, default=_as_text)
 
 
-def read(connection: psycopg.Connection, economy: Economy, arriving: int) -> Report:
-    """What PostgreSQL says about the run."""
+def read(connection: psycopg.Connection, economy: Economy, published: int) -> Report:
+    """The books of this run; `published` counts its deliveries, repeated ones included."""
     with connection.transaction():
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        fates = [Fate(*row) for row in connection.execute(_OUTCOMES, _mine(economy))]
-        top = [Account(*row) for row in connection.execute(_TOP, _mine(economy))]
+        outcomes = [OutcomeCount(*row) for row in connection.execute(_OUTCOMES, _key_range(economy))]
+        top_accounts = [Account(*row) for row in connection.execute(_TOP, _key_range(economy))]
         supply = read_supply(connection)
         held = connection.execute(_HELD).fetchone()
         user = economy.users[0]
         history = read_history_now(connection, user, page=1, limit=10)
     assert held is not None  # an aggregate has one row
-    return Report(fates, arriving - economy.size, top, supply, held[0], user, history)
+    return Report(outcomes, published - economy.size, top_accounts, supply, held[0], user, history)
 
 
 def show(report: Report, console: Console) -> None:
     """Print the books as tables."""
-    fates = table("What became of them", outcome="left", what="left", reason="left", events="right", tokens="right")
-    for outcome, kind, reason, count, amount in report.fates:
-        fates.add_row(outcome, kind or "", reason or "", f"{count:,}", tokens(amount) if amount is not None else "")
-    fates.add_row("delivered again", "", "already decided", f"{report.repeated:,}", "0")
-    console.print(fates)
+    outcomes = table("What became of them", outcome="left", what="left", reason="left", events="right", tokens="right")
+    for outcome, kind, reason, count, amount in report.outcomes:
+        outcomes.add_row(outcome, kind or "", reason or "", f"{count:,}", tokens(amount) if amount is not None else "")
+    outcomes.add_row("delivered again", "", "already decided", f"{report.repeated:,}", "0")
+    console.print(outcomes)
     console.print()
 
     balances = table("Balances", user="left", balance="right", records="right", rejections="right", last_record="left")
-    for name, balance, records, rejections, last in report.top:
+    for name, balance, records, rejections, last in report.top_accounts:
         balances.add_row(
             printable(name), tokens(balance), f"{records:,}", f"{rejections:,}", moment(last) if last else "never"
         )
@@ -160,6 +160,6 @@ def _as_text(value: object) -> str:
     return value.isoformat().replace("+00:00", "Z")
 
 
-def _mine(economy: Economy) -> dict[str, object]:
-    # "." is the character after "-": every key that begins with the prefix lies between the two.
-    return {"users": economy.users, "first": economy.prefix, "behind": f"{economy.prefix[:-1]}."}
+def _key_range(economy: Economy) -> dict[str, object]:
+    # "." follows "-" in ASCII, so the range holds exactly the keys that start with the prefix.
+    return {"users": economy.users, "first": economy.prefix, "end": f"{economy.prefix[:-1]}."}

@@ -63,8 +63,7 @@ class PostgresServer(ServerProcess):
         cluster = self._cluster(programs, account)
         settings = SETTINGS | ({} if self.durable else NOT_DURABLE) | self.options
         arguments = [argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")]
-        command = [programs / "postgres", "-D", cluster, "-p", str(self.port), *arguments]
-        self._spawn(command, **account.popen_options())
+        self._spawn([programs / "postgres", "-D", cluster, "-p", str(self.port), *arguments], **account.popen_options())
 
     def _answers(self) -> bool:
         try:

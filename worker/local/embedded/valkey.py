@@ -52,7 +52,10 @@ class ValkeyServer(ServerProcess):
         # On standard input: among the arguments every user of the machine could read the password.
         assert process is not None
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin as configuration:  # wait_until_ready sees that it ended
+        with (
+            contextlib.suppress(BrokenPipeError),
+            process.stdin as configuration,
+        ):  # wait_until_ready sees that it ended
             configuration.write("".join(f"{name} {value}\n" for name, value in settings.items()).encode())
 
     def _answers(self) -> bool:
