@@ -1,15 +1,14 @@
-"""`tokentrail up` and `tokentrail demo` as processes: they come up, they answer, and nothing of them is left behind."""
+"""`tokentrail up`, `demo` and `worker --processes` as processes: they start, answer, and leave nothing running."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from urllib.error import HTTPError
 
@@ -18,56 +17,49 @@ import psycopg
 import pytest
 
 from tests.kit.servers import free_port
-from worker.listening import CannotListen, claim, listen
+from tests.kit.wait import PATIENCE, eventually
+from worker.local.up import Service
 from worker.processes import Child, Family
 from worker.read.supply import read_supply
-
-SECONDS = 60  # how long anything may take before the test fails; nothing is measured
 
 
 class Command:
     """A `tokentrail …` in its own process, and what it has printed."""
 
     def __init__(self, home, *arguments):
-        environment = {**os.environ, "TOKENTRAIL_HOME": str(home)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "worker.cli", *arguments],
-            env=environment,
+            env={**os.environ, "TOKENTRAIL_HOME": str(home)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self.lines = []
-        self._reader = Thread(target=lambda: self.lines.extend(self.process.stdout))
+        self._lines = []
+        self._reader = Thread(target=lambda: self._lines.extend(self.process.stdout))
         self._reader.start()
 
     def wait_for(self, text):
-        until(lambda: text in self.printed() or self.process.poll() is not None, self.printed)
-        assert text in self.printed(), self.printed()
+        eventually(lambda: text in self.printed or self.process.poll() is not None, text)
+        assert text in self.printed, self.printed
 
+    @property
     def printed(self):
-        return "".join(self.lines)
+        return "".join(self._lines)
 
-    def family(self):
-        """Every process of it: worker, API, Flower, guard, PostgreSQL and Valkey and their own."""
+    def descendants(self):
+        """Its worker, API, Flower, guard, PostgreSQL and Valkey, and all their processes."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def wait(self):
-        code = self.process.wait(SECONDS)
+        """Its exit code, once it has ended."""
+        code = self.process.wait(PATIENCE)
         self._reader.join()
         self.process.stdout.close()
         return code
 
 
-def until(holds, explain=str):
-    deadline = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.05)
-
-
-def gone(processes):
+def have_ended(processes):
     return all(not each.is_running() or each.status() == psutil.STATUS_ZOMBIE for each in processes)
 
 
@@ -78,7 +70,7 @@ def get(url):
 
 @pytest.fixture
 def tokentrail(tmp_path):
-    """`tokentrail("up")`: a running command; whatever a failing test leaves is ended."""
+    """`tokentrail("up")` starts that command; all commands that a test leaves are killed."""
     started = []
 
     def start(*arguments):
@@ -88,70 +80,69 @@ def tokentrail(tmp_path):
     yield start
     for command in started:
         if command.process.poll() is None:
-            left = command.family()
+            descendants = command.descendants()
             command.process.kill()
             command.wait()
-            until(lambda left=left: gone(left))
+            eventually(lambda descendants=descendants: have_ended(descendants), str(descendants))
 
 
 @pytest.fixture
-def own_servers(database_url, broker_url, monkeypatch):
-    """DATABASE_URL and BROKER_URL are set; the database's URL."""
+def set_servers(database_url, broker_url, monkeypatch):
+    """DATABASE_URL and BROKER_URL are set; returns the database's URL."""
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.setenv("BROKER_URL", broker_url)
     return database_url
 
 
-def test_up_runs_everything_and_leaves_nothing_behind(tokentrail, tmp_path):
+def test_up_runs_everything_and_leaves_nothing_running(tokentrail, tmp_path):
     up = tokentrail("up")
     up.wait_for("tokentrail is running")
 
     addresses = tmp_path / "servers.json"
     assert addresses.stat().st_mode & 0o777 == 0o600  # it holds passwords
     urls = json.loads(addresses.read_text())
-    assert urls["api_url"] in up.printed()
-    assert urls["flower_url"] in up.printed()
+    assert urls["api_url"] in up.printed
+    assert urls["flower_url"] in up.printed
     assert get(f"{urls['api_url']}/healthz") == '{"status":"ok"}'
     assert "Flower" in get(urls["flower_url"])
 
-    # A second terminal of the same folder finds them.
+    # Other commands in this folder find the servers.
     publish = tokentrail("publish", "--type", "accrual", "--user", "alice", "--amount", "1.50", "--source", "shop")
-    assert publish.wait() == 0, publish.printed()
+    assert publish.wait() == 0, publish.printed
     history = f"{urls['api_url']}/api/account/transaction-history?userId=alice"
-    until(lambda: json.loads(get(history))["pagination"]["total"] == 1, up.printed)
+    eventually(lambda: json.loads(get(history))["pagination"]["total"] == 1)
     shown = tokentrail("history", "alice")
     assert shown.wait() == 0
-    assert "+1.5" in shown.printed()
-    until(lambda: "tokens.accrue" in get(f"{urls['flower_url']}/api/tasks"), up.printed)
+    assert "+1.5" in shown.printed
+    eventually(lambda: "tokens.accrue" in get(f"{urls['flower_url']}/api/tasks"))
 
-    # A second `up` of the same folder does not start.
+    # A second `up` of this folder does not start.
     second = tokentrail("up")
     assert second.wait() == 1
-    assert second.printed() == (
-        f"tokentrail: `tokentrail up` runs here already (process {up.process.pid}): its API is at {urls['api_url']},"
-        f" Flower at {urls['flower_url']}; stop it first, or use another folder (TOKENTRAIL_HOME).\n"
-    )
+    (line,) = second.printed.splitlines()
+    assert f"process {up.process.pid}" in line
+    assert urls["api_url"] in line
 
-    # A worker that dies is started again.
-    (worker,) = (each for each in up.family() if "celeryd: worker@" in " ".join(each.cmdline()))
+    # A worker that was killed is restarted.
+    (worker,) = (each for each in up.descendants() if "celeryd: worker@" in " ".join(each.cmdline()))
     worker.kill()
-    up.wait_for("worker was killed by SIGKILL")
+    up.wait_for(f"worker (pid {worker.pid}) was killed by SIGKILL; restarting in 1 s")
     again = tokentrail("publish", "--type", "burn", "--user", "alice", "--amount", "1", "--action", "chat")
     assert again.wait() == 0
-    until(lambda: json.loads(get(history))["pagination"]["total"] == 2, up.printed)
+    eventually(lambda: json.loads(get(history))["pagination"]["total"] == 2)
 
-    family = up.family()
-    assert len(family) >= 6
+    descendants = up.descendants()
+    assert len(descendants) >= 6
     up.process.send_signal(signal.SIGINT)
     assert up.wait() == 0
-    assert gone(family), family
-    assert "nothing is left running" in up.printed()
-    assert "Traceback" not in up.printed()
+    assert have_ended(descendants), descendants
+    assert "nothing is left running" in up.printed
+    assert "Traceback" not in up.printed
     assert not addresses.exists()
 
 
-def test_up_that_is_killed_takes_everything_with_it_and_keeps_the_data(tokentrail, tmp_path, monkeypatch):
-    def history():
+def test_a_killed_up_ends_all_its_processes_and_the_data_is_kept(tokentrail, tmp_path, monkeypatch):
+    def records():
         url = json.loads((tmp_path / "servers.json").read_text())["api_url"]
         return json.loads(get(f"{url}/api/account/transaction-history?userId=alice"))["pagination"]["total"]
 
@@ -160,85 +151,95 @@ def test_up_that_is_killed_takes_everything_with_it_and_keeps_the_data(tokentrai
     up.wait_for("tokentrail is running")
     publish = tokentrail("publish", "--type", "accrual", "--user", "alice", "--amount", "1", "--source", "shop")
     assert publish.wait() == 0
-    until(lambda: history() == 1, up.printed)
+    eventually(lambda: records() == 1)
 
     # Flower's API is as closed as the operator wants it.
     flower_url = json.loads((tmp_path / "servers.json").read_text())["flower_url"]
     with pytest.raises(HTTPError, match="401"):
         get(f"{flower_url}/api/tasks")
 
-    family = up.family()
+    descendants = up.descendants()
     up.process.kill()
     up.wait()
-    until(lambda: gone(family), lambda: str(family))
+    eventually(lambda: have_ended(descendants), str(descendants))
 
-    # What the killed one wrote about itself misleads nobody.
+    # The next `up` ignores the addresses that the killed one left.
     up = tokentrail("up")
     up.wait_for("tokentrail is running")
-    assert history() == 1
+    assert records() == 1
     up.process.send_signal(signal.SIGHUP)  # the terminal was closed
     assert up.wait() == 0
 
 
-def test_up_uses_the_servers_that_are_set_and_says_why_a_part_does_not_start(tokentrail, monkeypatch, own_servers):
+@pytest.mark.usefixtures("set_servers")
+def test_up_uses_the_servers_that_are_set_and_reports_a_part_that_does_not_start(tokentrail, monkeypatch):
     monkeypatch.setenv("FLOWER_PERSISTENT", "nonsense")
     up = tokentrail("up")
     assert up.wait() == 1
-    assert "PostgreSQL and Valkey" not in up.printed()
-    assert "tokentrail: flower ended with code" in up.printed()
-    assert "nonsense" in up.printed()
+    assert "PostgreSQL and Valkey" not in up.printed
+    assert "nonsense" in up.printed
+    assert up.printed.splitlines()[-1].startswith("tokentrail: flower (pid ")
 
 
-def test_two_ups_that_start_at_once_never_choose_the_same_port():
-    """All have chosen before anybody listens: each would announce the Flower of whoever is first as its own."""
-    first = free_port()
-    choose = (
-        "import contextlib, sys\n"
-        "from worker.local.up import _free_port\n"
-        "with contextlib.ExitStack() as stack:\n"
-        f"    print(_free_port(stack, 'FLOWER', '127.0.0.1', {first}), flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    with contextlib.ExitStack() as stack:
-        ups = [
-            stack.enter_context(
-                subprocess.Popen([sys.executable, "-c", choose], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            )
-            for _ in range(3)
-        ]
-        chosen = [int(each.stdout.readline()) for each in ups]
-        assert len({*chosen}) == len(ups), chosen
-        for port in chosen:  # what is held is not in the way of the child
-            listen("127.0.0.1", port).close()
-        for each in ups:
-            each.stdin.close()
-    claim("127.0.0.1", chosen[0]).close()
+class Answering(BaseHTTPRequestHandler):
+    """Answers as Flower does."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
 
 
-@pytest.mark.parametrize("host", ["::1", "::"])
-@pytest.mark.usefixtures("own_servers")
-def test_up_listens_where_it_is_told_to_and_tells_where_that_is(tokentrail, monkeypatch, host):
-    try:
-        listen("::1", 0).close()
-    except CannotListen as error:
-        pytest.skip(f"this machine has no IPv6: {error}")
-    monkeypatch.setenv("TOKENTRAIL_API_HOST", host)
+@pytest.mark.usefixtures("set_servers")
+def test_a_service_whose_port_is_taken_meanwhile_moves_to_the_next(tokentrail, tmp_path, monkeypatch):
+    """As by another `up` that is started at the same moment: its answers are no answers of ours."""
+    port = free_port()
+    monkeypatch.setenv("TOKENTRAIL_FLOWER_PORT", str(port))
     up = tokentrail("up")
-    up.wait_for("http://[::1]:")
+    eventually(lambda: (tmp_path / "servers.json").exists() or up.process.poll() is not None)
+    with HTTPServer(("127.0.0.1", port), Answering) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        up.wait_for("another program took the port of flower")
+        url = json.loads((tmp_path / "servers.json").read_text())["flower_url"]
+        assert url != f"http://127.0.0.1:{port}"
+        eventually(lambda: "Flower" in get_or_none(url))
+        other.shutdown()
 
 
-@pytest.mark.usefixtures("own_servers")
+def get_or_none(url):
+    try:
+        return get(url)
+    except OSError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("::", "http://[::1]:8000"),
+    ],
+)
+def test_a_service_has_a_url_that_this_machine_can_open(host, url):
+    assert Service("api", host, 8000, "/readyz").url == url
+
+
+@pytest.mark.usefixtures("set_servers")
 def test_flowers_api_stays_closed_where_the_servers_are_not_ups_own(tokentrail):
     def flowers():
-        return [each for each in up.family() if "--logging=error" in each.cmdline()]
+        return [each for each in up.descendants() if "--logging=error" in each.cmdline()]
 
     up = tokentrail("up")
-    until(flowers, up.printed)
+    eventually(flowers)
     assert "FLOWER_UNAUTHENTICATED_API" not in flowers()[0].environ()
 
 
-def test_child_that_cannot_be_started_again_is_tried_later_and_its_siblings_live(tmp_path):
-    """As when the machine has no more processes: a folder that is away makes the start fail as truly."""
+def test_a_child_that_cannot_be_restarted_is_tried_later_and_its_siblings_live(tmp_path):
+    """As when the machine has no free process; here the child's folder is missing."""
     folder = tmp_path / "folder"
     folder.mkdir()
     wait = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -250,73 +251,75 @@ def test_child_that_cannot_be_started_again_is_tried_later_and_its_siblings_live
         assert family.step() == [child]
         folder.rmdir()
         child.restart_later()
-        child.restart_at = time.monotonic()
+        child.restart_at = 0
         assert family.step() == [child]
-        assert child.last_words == "could not be started (No such file or directory)"
+        assert child.ending == "child could not be started (No such file or directory)"
         assert sibling.running
         assert child.restart_later() == 2  # seconds: the second failure in a row
         folder.mkdir()
-        child.restart_at = time.monotonic()
+        child.restart_at = 0
         assert family.step() == []
         assert child.running
     finally:
         family.stop([sibling, child], grace=5)
 
 
-def test_demo_by_itself_runs_to_its_end(tokentrail):
+def test_the_demo_alone_runs_to_its_end(tokentrail):
     demo = tokentrail("demo", "--events", "600", "--seed", "7")
-    assert demo.wait() == 0, demo.printed()
-    for expected in (
-        "What became of them",
-        "insufficient_tokens",
-        "delivered again",
-        "Balances",
-        "Supply",
-        "History of",
-    ):
-        assert expected in demo.printed()
-    assert "every token is accounted for" in demo.printed().splitlines()[-1]
+    assert demo.wait() == 0, demo.printed
+    for heading in ("insufficient_tokens", "delivered again", "Balances", "Supply", "History of"):
+        assert heading in demo.printed
+    assert "every token is accounted for" in demo.printed.splitlines()[-1]
 
 
-@pytest.mark.usefixtures("own_servers")
-def test_demo_says_the_same_to_a_machine(tokentrail, tmp_path):
+@pytest.mark.usefixtures("set_servers")
+def test_the_demo_prints_its_report_as_json(tokentrail, tmp_path):
     tokentrail("worker", "--name", "w")
     demo = subprocess.run(
         [sys.executable, "-m", "worker.cli", "demo", "--events", "200", "--json"],
         env={**os.environ, "TOKENTRAIL_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=PATIENCE,
         check=True,
     )
-    found = json.loads(demo.stdout)
-    assert sum(fate["events"] for fate in found["outcomes"]) == 200
-    assert found["balanced"] is True
-    assert found["held"] == found["supply"]["circulating"]
-    assert found["history"]["pagination"]["limit"] == 10
+    report = json.loads(demo.stdout)
+    assert sum(outcome["events"] for outcome in report["outcomes"]) == 200
+    assert report["balanced"] is True
+    assert report["held"] == report["supply"]["circulating"]
+    assert report["history"]["pagination"]["limit"] == 10
     assert "Publishing 200 events" in demo.stderr
 
 
-def test_workers_under_one_parent_are_restarted_and_the_same_run_again_moves_nothing(tokentrail, own_servers):
+def test_workers_under_one_parent_are_restarted_and_the_same_run_again_moves_nothing(tokentrail, set_servers):
     workers = tokentrail("worker", "--processes", "2", "--name", "w")
-    until(lambda: len(workers.family()) == 2, workers.printed)
+    eventually(lambda: len(workers.descendants()) == 2)
 
     demo = tokentrail("demo", "--events", "300", "--run", "twice")
-    assert demo.wait() == 0, demo.printed()
-    with psycopg.connect(own_servers) as connection:
+    assert demo.wait() == 0, demo.printed
+    with psycopg.connect(set_servers) as connection:
         before = read_supply(connection)
 
-    killed = workers.family()[0]
+    killed = workers.descendants()[0]
     killed.kill()
-    workers.wait_for("was killed by SIGKILL")
+    workers.wait_for(f"(pid {killed.pid}) was killed by SIGKILL; restarting in 1 s")
     demo = tokentrail("demo", "--events", "300", "--run", "twice")
-    assert demo.wait() == 0, demo.printed()
-    with psycopg.connect(own_servers) as connection:
+    assert demo.wait() == 0, demo.printed
+    with psycopg.connect(set_servers) as connection:
         assert read_supply(connection) == before
 
-    until(lambda: len(workers.family()) == 2, workers.printed)
-    family = workers.family()
-    assert killed not in family
+    eventually(lambda: len(workers.descendants()) == 2)
+    descendants = workers.descendants()
+    assert killed not in descendants
     workers.process.terminate()
     assert workers.wait() == 0
-    assert gone(family)
+    assert have_ended(descendants)
+
+
+def test_workers_under_one_parent_end_when_it_is_killed(tokentrail, set_servers):
+    workers = tokentrail("worker", "--processes", "2", "--name", "w")
+    eventually(lambda: len(workers.descendants()) == 2)
+    descendants = workers.descendants()
+    workers.process.kill()
+    workers.wait()
+    eventually(lambda: have_ended(descendants), str(descendants))

@@ -69,7 +69,7 @@ def up(*, with_demo: bool) -> None:
     screen.say("stopped; nothing is left running")
 
 
-class _Service:
+class Service:
     """API or Flower: the arguments of its command and where it listens."""
 
     def __init__(self, name: str, host: str, port: int, health_path: str, options: Sequence[str] = ()) -> None:
@@ -166,8 +166,8 @@ class _System:
         self._grace = _GRACE_SECONDS
         self._environment: dict[str, str] = {}
         self._addresses: dict[str, object] = {"pid": os.getpid()}
-        self._api = _Service("api", settings.api_host, settings.api_port, "/readyz")
-        self._flower = _Service("flower", "127.0.0.1", settings.flower_port, "/healthcheck", _ERRORS_ONLY)
+        self._api = Service("api", settings.api_host, settings.api_port, "/readyz")
+        self._flower = Service("flower", "127.0.0.1", settings.flower_port, "/healthcheck", _ERRORS_ONLY)
         self._services = {service.name: service for service in (self._api, self._flower)}
 
     def run(self, stack: contextlib.ExitStack, *, with_demo: bool) -> None:
