@@ -22,7 +22,7 @@ from worker.config import ROOT, load_settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
 from worker.local.embedded.process import free_port
-from worker.queue.parsing import read_work
+from worker.queue.parsing import parse_call
 from worker.schema_version import known_revision
 
 
@@ -58,7 +58,7 @@ def books(database_url, monkeypatch):
     def apply(*events):
         config.load_settings.cache_clear()
         kwargs = {"events": [json.loads(event_json(event)) for event in events]}
-        work = read_work(APPLY_MANY, (), kwargs, Origin(task=APPLY_MANY), max_amount=load_settings().max_amount)
+        work = parse_call(APPLY_MANY, (), kwargs, Origin(task=APPLY_MANY), max_amount=load_settings().max_amount)
         ledger = Ledger(load_settings(), stripe=1)
         ledger.settle(work.deliveries, work.letters)
         ledger.close()

@@ -28,7 +28,7 @@ from worker.db import connect as connect_database
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
 from worker.migration import migrate
-from worker.queue.parsing import letter_of
+from worker.queue.parsing import letter_for
 
 TOKENTRAIL = (sys.executable, "-m", "worker.cli")
 INTERRUPTED = "tokentrail: Interrupted: "
@@ -156,7 +156,7 @@ def test_migrate_says_in_a_sentence_that_its_session_was_ended(empty_database_ur
 def test_dead_letters_say_that_the_same_may_be_done_again(database_url, broker_url, command, says, done):
     events = [accrual("ann", 1, str(n)) for n in range(3)]
     letters = [
-        letter_of(json.loads(event_json(event)), "revoked", "It was revoked.", Origin(ACCRUE, event.idempotency_key))
+        letter_for(json.loads(event_json(event)), "revoked", "It was revoked.", Origin(ACCRUE, event.idempotency_key))
         for event in events
     ]
     with contextlib.closing(Ledger(Settings(DATABASE_URL=database_url), stripe=1)) as ledger:

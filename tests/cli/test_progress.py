@@ -23,7 +23,7 @@ from worker.config import ROOT, Settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
 from worker.migration import migrate
-from worker.queue.parsing import letter_of
+from worker.queue.parsing import letter_for
 
 TOKENTRAIL = (sys.executable, "-m", "worker.cli")
 PATIENCE = 60  # seconds within which everything a test waits for must happen
@@ -173,7 +173,7 @@ def test_publishing_a_file_shows_how_far_it_is(environment, tmp_path):
 
 def test_replaying_dead_letters_shows_how_far_it_is(environment, database_url):
     letters = [
-        letter_of(
+        letter_for(
             json.loads(event_json(accrual("ann", 1, str(n)))), "revoked", "It was revoked.", Origin(ACCRUE, str(n))
         )
         for n in range(3)

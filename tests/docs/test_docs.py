@@ -40,7 +40,7 @@ from worker.config import Settings, load_settings
 from worker.ledger.deliveries import Delivery, Origin
 from worker.ledger.settle import Ledger
 from worker.local.embedded import binaries
-from worker.queue.parsing import read_work
+from worker.queue.parsing import parse_call
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "client" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -530,7 +530,7 @@ def test_an_event_costs_the_bytes_that_the_migration_page_says(database_url, mon
         before = size(tables[what])
         for start in range(0, count, 500):
             events = [json.loads(event_json(one(what, amount, n))) for n in range(start, start + 500)]
-            work = read_work(APPLY_MANY, (), {"events": events}, Origin(task=APPLY_MANY), max_amount=found.max_amount)
+            work = parse_call(APPLY_MANY, (), {"events": events}, Origin(task=APPLY_MANY), max_amount=found.max_amount)
             ledger.settle(work.deliveries, work.letters)
         assert (size(tables[what]) - before) / count == pytest.approx(said[what], rel=0.1), what
     ledger.close()

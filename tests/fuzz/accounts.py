@@ -52,14 +52,14 @@ class Accounts:
 
     def _enter(self, raw: bytes) -> None:
         fetched = Fetched(QueueList("tokens", "tokens", "]"), "a-tag", raw, 0, 0)
-        work = self._intake.read(self._channel._message(fetched)).work
-        assert work.outcomes, "a message without an event would vanish"
+        part = self._intake.read(self._channel._message(fetched))
+        assert part.message.outcomes, "a message without an event would vanish"
         self.messages += 1
         entered = []
-        for letter in work.letters:
+        for letter in part.message.letters:
             entered.append(letter.fingerprint)
             self.refused[letter.fingerprint] += 1
-        for delivery in work.deliveries:
+        for delivery in part.deliveries:
             event = delivery.event
             entered.append(NewDeadLetter.of_event("conflict", "", event, delivery.origin).fingerprint)
             self.decidable[entered[-1]] += 1

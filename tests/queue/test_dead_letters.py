@@ -118,14 +118,14 @@ def call(user, *, task="tokens.accrue", body=None, kwargs=None, headers=None, **
         ({"body": '{"a": 1}'}, "undecodable", "The body is not a call"),
         ({"body": json.dumps([[1], FIELDS, {}])}, "invalid_arguments", "tokens.accrue takes keyword arguments only"),
         ({"body": json.dumps([[], [], {}])}, "invalid_arguments", "takes keyword arguments as a JSON object."),
-        ({"body": '[[], {"amount": "1", "amount": "2"}, {}]'}, "invalid_arguments", "'amount' stands twice."),
+        ({"body": '[[], {"amount": "1", "amount": "2"}, {}]'}, "invalid_arguments", "'amount' is given twice."),
         ({"task": "tokens.apply_many"}, "invalid_arguments", "takes events and nothing else: a list of 1 to 1000."),
         ({"kwargs": {"amount": "-1"}}, "invalid_event", "amount is '-1': must be digits"),
         ({"kwargs": {"amount": 0.1}}, "invalid_event", "other numbers lose digits on their way."),
         ({"kwargs": {"colour": "red"}}, "invalid_event", "'colour' is not a field of this event."),
         ({"kwargs": {"occurred_at": "2999-01-01T00:00:00Z"}}, "invalid_event", "check the producer's clock"),
         ({"headers": {"expires": "2020-01-01T00:00:00+00:00"}}, "expired", "The message expired at '2020-01-01T00"),
-        ({"headers": {"expires": "soon"}}, "expired", "expires is 'soon', which is no moment"),
+        ({"headers": {"expires": "soon"}}, "expired", "expires is 'soon', which is no date and time"),
         ({"headers": {"eta": "2020-01-01T00:00:00+00:00"}}, "scheduled", "The message has an eta"),
         ({"body": " " * (16 * 2**20 + 1)}, "oversized", "The message is 16777217 bytes long: at most 16777216"),
     ],
@@ -190,7 +190,7 @@ def test_message_that_workers_died_of_is_kept(stage, letters, user):
     name = sha1(raw).hexdigest()
     stage.redis.hset("unacked_restores", mapping={name: 7, f"alone:{name}": 5})
     letter = letters.one(raw, task_id)
-    assert letter[:4] == ("poison", "5 workers died while they had this message in hand and nothing else.", user, "k")
+    assert letter[:4] == ("poison", "5 workers died while this was their only message in flight.", user, "k")
     assert stage.redis.hlen("unacked_restores") == 0
 
 

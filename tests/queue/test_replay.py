@@ -25,7 +25,7 @@ from worker.cli import main
 from worker.config import Settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
-from worker.queue.parsing import letter_of, read_call, read_work
+from worker.queue.parsing import letter_for, parse_call, read_body
 from worker.queue.replay import replay
 
 #: Letters that are replayed while workers are killed; TOKENTRAIL_CHAOS=long takes the full number.
@@ -89,7 +89,7 @@ class Desk:
         self._ids += 1
         body = json.dumps([[], kwargs, {}]).encode() if body is None else body
         origin = Origin(task, f"id-{self._ids}", body, {"headers": {}})
-        letter = letter_of(kwargs if event else None, reason, "As it is.", origin, type_=TYPES.get(task))
+        letter = letter_for(kwargs if event else None, reason, "As it is.", origin, type_=TYPES.get(task))
         self.ledger.settle([], [letter])
         return self.rows("SELECT max(id) FROM dead_letter")[0][0]
 
@@ -103,8 +103,8 @@ class Desk:
             body = base64.b64decode(sent["body"])
             headers = sent["headers"]
             origin = Origin(headers["task"], headers["id"], body, headers, replay_of=headers["tokentrail_dead_letter"])
-            _, kwargs, _ = read_call(body)
-            work = read_work(headers["task"], [], kwargs, origin, max_amount=max_amount)
+            _, kwargs, _ = read_body(body)
+            work = parse_call(headers["task"], [], kwargs, origin, max_amount=max_amount)
             self.ledger.settle(work.deliveries, work.letters)
 
     def history(self, user):

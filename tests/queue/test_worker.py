@@ -174,7 +174,7 @@ def test_waiting_burns_do_not_keep_their_accruals_out(stage):
     assert stage.broken() == []
 
 
-LOCKED = "accounts locked by another session, their events wait and all others go on"
+LOCKED = "accounts locked by another session: their events are parked, all others continue"
 UNLOCKED = "no account is locked by another session any more"
 
 
@@ -520,7 +520,7 @@ def test_a_worker_whose_batch_looks_like_a_bug_takes_no_more_work(stage):
         owner.execute(refused)
     stage.publisher.publish_bulk([accrual("ann", 1, f"k{n}") for n in range(11)])
 
-    eventually(lambda: "this worker takes no more work" in stage.log())
+    eventually(lambda: "worker suspended: it applies nothing until it is restarted" in stage.log())
     assert "refused 11 events" in stage.log()
     eventually(lambda: stage.redis.llen("tokens") == 1)
     stage.publisher.publish(accrual("bob", 1, "k"))
@@ -536,7 +536,7 @@ def test_a_suspect_is_applied_though_redis_will_not_count_the_attempt(stage):
     stage.redis.hset("unacked_restores", mapping={fingerprint: 2, f"alone:{fingerprint}": "no number"})
     stage.start()
     eventually(lambda: stage.balance("ann") == 4)
-    assert "could not count an attempt on a suspicious message" in stage.log()
+    assert "could not record a solo attempt at a suspect message" in stage.log()
 
 
 def test_what_redis_does_not_take_back_from_a_stopped_worker_goes_to_another_later(database_url, tmp_path):
@@ -549,7 +549,7 @@ def test_what_redis_does_not_take_back_from_a_stopped_worker_goes_to_another_lat
         stage.redis.config_set("min-replicas-to-write", 1)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(30) == 0, stage.log()
-        said = "could not put messages back: they go when Redis takes them, or after the visibility timeout"
+        said = "could not requeue messages: done with the next connection, or after the visibility timeout"
         assert stage.log().count(said) == 1
         stage.redis.config_set("min-replicas-to-write", 0)
 

@@ -21,7 +21,7 @@ from schema.publisher import MAX_PUSH_BYTES, MAX_PUSH_MESSAGES, Publisher, Publi
 from tests.kit.servers import Broker, Certificate, Sentinel, free_port
 from tests.kit.wait import eventually
 from worker.local.embedded import ValkeyServer
-from worker.queue.parsing import read_call
+from worker.queue.parsing import read_body
 
 
 def accrual(n=0, **changed):
@@ -91,7 +91,7 @@ def test_no_digit_is_lost_between_event_and_message(broker_url, client):
     with Publisher(broker_url) as publisher:
         publisher.publish(event)
 
-    _, kwargs, _ = read_call(base64.b64decode(taken(client)[0]["body"]))
+    _, kwargs, _ = read_body(base64.b64decode(taken(client)[0]["body"]))
     assert parse_event(kwargs, type_="burn") == event
     assert kwargs["metadata"]["price"] == Decimal("0.1000000000000000055511")
 

@@ -14,13 +14,9 @@ from worker.config import HOME, ROOT, load_settings
 from worker.processes import Child, Family
 from worker.readiness import check_servers
 
-#: How every worker is started. One thread: the batch is the unit of work, and events of a worker share it.
-CELERY: Final = (
-    *("celery", "--quiet", "-A", "worker.app", "worker"),
-    *("-P", "threads", "-c", "1"),
-    "-E",  # events, so that Flower shows every task
-    *("--without-mingle", "--without-gossip"),  # chatter between workers, which share nothing
-)
+#: How every worker is started. Mingle and gossip are messages between workers, which need none; the rest is in
+#: celeryconfig.py.
+CELERY: Final = ("celery", "--quiet", "-A", "worker.app", "worker", "--without-mingle", "--without-gossip")
 #: Celery warns of running as root because messages may be pickled code. Ours are JSON, and nothing else is read.
 _NO_WARNING: Final = ("-W", "ignore:You're running the worker with superuser privileges")
 _LANES: Final = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", re.ASCII)

@@ -1,145 +1,184 @@
-"""From a message to deliveries: `tokens.accrue`, `tokens.burn` and `tokens.apply_many`.
-
-The tasks are registered with Celery, so that `inspect` and Flower know them; what runs is `batching.py`, which reads
-messages here and decides many of them in one transaction.
+"""From a message to deliveries and dead letters: what the tasks `tokens.accrue`, `tokens.burn` and `tokens.apply_many`
+are called with, and which messages cannot be applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Container, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+from uuid import UUID
 
 from schema.canonical import DuplicateKeys, NotCanonical, read_json, write_json
 from schema.events import InvalidEvent, parse_event
-from schema.messages import APPLY_MANY, MAX_BODY_BYTES, MAX_EVENTS, TYPES
+from schema.messages import (
+    ACCRUE,
+    APPLY_MANY,
+    BURN,
+    MAX_BODY_BYTES,
+    MAX_EVENTS,
+    TYPES,
+    UNDECODABLE_REASON_HEADER,
+    UNDECODABLE_TASK,
+)
 from schema.reasons import DeadLetterReason
-from schema.text import is_storable, quote
+from schema.text import ascii_line, is_storable, quote
 from worker.ledger.dead_letters import MAX_TOKENS, NewDeadLetter
 from worker.ledger.deliveries import Delivery, IfShort, Origin
-from worker.ledger.outcomes import Applied, DeadLettered, Outcome, Rejected
 
-#: Longest text of a user id or key that a dead letter is filed under.
-_LONGEST_KEY: Final = 200
+TASKS: Final = frozenset({ACCRUE, BURN, APPLY_MANY})
+
+#: Workers that died while a message was the only one they had in flight, after which it is held to be the cause.
+POISON_SOLO_DEATHS: Final = 5
+
+#: Characters of a user id or an idempotency key that a dead letter is found by.
+MAX_KEY_LENGTH: Final = 200
+
+_CONTENT_TYPES: Final = frozenset({"application/json"})
+_CONTENT_ENCODINGS: Final = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 
 
-class Unreadable(Exception):
-    """A message cannot be taken as what its task's name says: `reason` is a dead letter's, the text its sentence."""
+class UnreadableError(Exception):
+    """A message cannot be read as a call of one of the tasks: `reason` is the dead letter's, `detail` its sentence."""
 
-    def __init__(self, reason: DeadLetterReason, sentence: str) -> None:
-        super().__init__(reason, sentence)
+    def __init__(self, reason: DeadLetterReason, detail: str) -> None:
+        super().__init__(reason, detail)
         self.reason = reason
-        self.sentence = sentence
+        self.detail = detail
 
     def __str__(self) -> str:
-        return self.sentence
+        return self.detail
 
 
-class Refused(Unreadable):
-    """A call can be read, but must not be decided any more: what it asks for is kept, unless it was decided before."""
+class Refusal(NamedTuple):
+    """Why a message that can be read must not be applied."""
+
+    reason: DeadLetterReason
+    detail: str
 
 
-@dataclass(slots=True)
-class Work:
-    """What one message asks for: deliveries to decide and letters to keep, with the places of their outcomes."""
+class Parsed(NamedTuple):
+    """The events of a message: those to apply, and dead letters for the others.
 
-    bulk: bool
-    deliveries: list[Delivery] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)  # of each delivery, among the outcomes
-    letters: list[NewDeadLetter] = field(default_factory=list)
-    outcomes: list[Outcome | None] = field(default_factory=list)
+    The place of each among the message's outcomes is `origin.event_index`, which a single event does not have.
+    """
 
-    def refuse(self, letter: NewDeadLetter) -> None:
-        """The next event has no outcome but a dead letter."""
-        self.letters.append(letter)
-        self.outcomes.append(DeadLettered(letter.reason, letter.detail))
-
-    def refuse_all(self, refused: Refused) -> None:
-        """No event is decided now: each gets its earlier outcome, or a dead letter."""
-        refusal = (refused.reason, refused.sentence)
-        self.deliveries = [delivery._replace(refusal=refusal) for delivery in self.deliveries]
-
-    def deliver(self, delivery: Delivery) -> None:
-        """The next event is to be decided."""
-        self.deliveries.append(delivery)
-        self.places.append(len(self.outcomes))
-        self.outcomes.append(None)
-
-    def summary(self) -> tuple[bool, str]:
-        """Whether anything was decided, and the result as Flower shows it."""
-        if not self.bulk:
-            outcome = self.outcomes[0]
-            return not isinstance(outcome, DeadLettered), str(outcome)
-        counts = {
-            "applied": sum(isinstance(outcome, Applied) for outcome in self.outcomes),
-            "rejected": sum(isinstance(outcome, Rejected) for outcome in self.outcomes),
-            "dead-lettered": sum(isinstance(outcome, DeadLettered) for outcome in self.outcomes),
-        }
-        text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        if counts["dead-lettered"] < len(self.outcomes):
-            return True, text
-        return False, f"{text}, the first: {self.outcomes[0]}"
+    deliveries: list[Delivery]
+    letters: list[NewDeadLetter]
 
 
-def read_call(body: bytes) -> Any:
-    """The JSON of a body, numbers exact. Raises Unreadable."""
+# Before the body is read
+
+
+def check_readable(
+    headers: Mapping[str, Any], *, content_type: object, content_encoding: object, size: int, solo_deaths: int
+) -> None:
+    """Raise UnreadableError for a message whose headers or size (in bytes) say that it is no call of our tasks."""
+    task = headers.get("task")
+    if task == UNDECODABLE_TASK:
+        reason = headers.get(UNDECODABLE_REASON_HEADER)  # anybody can send a message with this task
+        reason = ascii_line(reason, 400) if isinstance(reason, str) else "no reason is given"
+        raise UnreadableError("undecodable", f"The message cannot be read: {reason}.")
+    if size > MAX_BODY_BYTES:
+        raise _oversized(size)
+    if solo_deaths >= POISON_SOLO_DEATHS:
+        raise UnreadableError("poison", f"{solo_deaths} workers died while this was their only message in flight.")
+    if not isinstance(task, str) or task not in TASKS:
+        raise UnreadableError("unknown_task", f"There is no task {quote(task)} here: {', '.join(sorted(TASKS))}.")
+    if headers.get("compression"):
+        raise UnreadableError(
+            "undecodable", f"The body is compressed ({quote(headers['compression'])}); send it plain."
+        )
+    if content_type not in _CONTENT_TYPES:
+        raise UnreadableError(
+            "undecodable", f"The content type is {quote(content_type)}; only application/json is read."
+        )
+    if not isinstance(content_encoding, str) or content_encoding.lower() not in _CONTENT_ENCODINGS:
+        raise UnreadableError("undecodable", f"The content encoding is {quote(content_encoding)}; only utf-8 is read.")
+
+
+def refusal_of(headers: Mapping[str, Any], revoked: Container[str]) -> Refusal | None:
+    """Why a message that can be read must not be applied, None if it may be. `revoked` holds ids of tasks."""
+    task_id, expires, eta = headers.get("id"), headers.get("expires"), headers.get("eta")
+    if isinstance(task_id, str | UUID) and str(task_id) in revoked:  # a list has no hash
+        return Refusal("revoked", "The task was revoked before it was applied.")
+    if expires is not None:
+        try:
+            moment = datetime.fromisoformat(expires)
+        except (TypeError, ValueError):
+            return Refusal("expired", f"expires is {quote(expires)}, which is no date and time; do not set it.")
+        if moment.replace(tzinfo=moment.tzinfo or UTC) < datetime.now(UTC):
+            return Refusal(
+                "expired", f"The message expired at {quote(expires)}, before it was applied; do not set expires."
+            )
+    if eta is not None:
+        return Refusal("scheduled", f"The message has an eta ({quote(eta)}); send it when it is due instead.")
+    return None
+
+
+# The body
+
+
+def read_body(body: bytes) -> Any:
+    """The JSON of a body, numbers exact. Raises UnreadableError."""
     if len(body) > MAX_BODY_BYTES:
-        raise Unreadable("oversized", f"The message is {len(body)} bytes long: at most {MAX_BODY_BYTES} are read.")
+        raise _oversized(len(body))
     try:
         return read_json(body)
     except (ValueError, RecursionError) as error:
-        raise Unreadable("undecodable", f"The body is not JSON: {str(error)[:300]}.") from None
+        raise UnreadableError("undecodable", f"The body is not JSON: {str(error)[:300]}.") from None
 
 
-def read_work(
-    task: str, args: object, kwargs: object, origin: Origin, *, max_amount: int, if_short: IfShort = IfShort.REJECT
-) -> Work:
-    """What a call of one of our tasks asks for; `if_short` goes to its deliveries.
+def parse_call(
+    task: str,
+    args: object,
+    kwargs: object,
+    origin: Origin,
+    *,
+    max_amount: int,
+    if_short: IfShort = IfShort.REJECT,
+    refusal: Refusal | None = None,
+) -> Parsed:
+    """The events of a call of one of the tasks; all deliveries get `if_short` and `refusal`.
 
-    Raises Unreadable when the call as a whole has other arguments than the task.
+    Raises UnreadableError when the call as a whole has other arguments than the task.
     """
     if args not in ([], (), None):
-        raise Unreadable("invalid_arguments", f"{task} takes keyword arguments only, the event's fields.")
+        raise UnreadableError("invalid_arguments", f"{task} takes keyword arguments only, the event's fields.")
     if not isinstance(kwargs, Mapping):
-        raise Unreadable("invalid_arguments", f"{task} takes keyword arguments as a JSON object.")
+        raise UnreadableError("invalid_arguments", f"{task} takes keyword arguments as a JSON object.")
     if isinstance(kwargs, DuplicateKeys):
-        raise Unreadable("invalid_arguments", f"The keyword argument {quote(kwargs.name)} stands twice.")
-    if task == APPLY_MANY:
-        return _read_many(kwargs, origin, max_amount, if_short=if_short)
-    work = Work(bulk=False)
-    _read_event(work, kwargs, TYPES[task], origin, max_amount, if_short=if_short)
-    return work
-
-
-def _read_many(kwargs: Mapping[str, Any], origin: Origin, max_amount: int, *, if_short: IfShort) -> Work:
-    events = kwargs.get("events")
-    if kwargs.keys() != {"events"} or not isinstance(events, list) or not 1 <= len(events) <= MAX_EVENTS:
-        raise Unreadable(
+        raise UnreadableError("invalid_arguments", f"The keyword argument {quote(kwargs.name)} is given twice.")
+    if task != APPLY_MANY:
+        events = [(kwargs, origin)]
+    elif (
+        kwargs.keys() == {"events"} and isinstance(kwargs["events"], list) and 1 <= len(kwargs["events"]) <= MAX_EVENTS
+    ):
+        events = [(data, origin.at(index)) for index, data in enumerate(kwargs["events"])]
+    else:
+        raise UnreadableError(
             "invalid_arguments", f"{APPLY_MANY} takes events and nothing else: a list of 1 to {MAX_EVENTS}."
         )
-    work = Work(bulk=True)
-    for index, data in enumerate(events):
-        _read_event(work, data, None, origin.at(index), max_amount, if_short=if_short)
-    return work
+    parsed = Parsed([], [])
+    type_ = TYPES.get(task)
+    for data, origin_of_event in events:
+        try:
+            event = parse_event(data, type_=type_, max_amount=max_amount)
+        except InvalidEvent as error:
+            parsed.letters.append(letter_for(data, "invalid_event", str(error), origin_of_event, type_=type_))
+        else:
+            delivery = Delivery.of(event, origin_of_event, if_short=if_short)
+            parsed.deliveries.append(delivery if refusal is None else delivery._replace(refusal=refusal))
+    return parsed
 
 
-def _read_event(
-    work: Work, data: object, type_: str | None, origin: Origin, max_amount: int, *, if_short: IfShort
-) -> None:
-    try:
-        event = parse_event(data, type_=type_, max_amount=max_amount)
-    except InvalidEvent as no:
-        work.refuse(letter_of(data, "invalid_event", str(no), origin, type_=type_))
-    else:
-        work.deliver(Delivery.of(event, origin, if_short=if_short))
-
-
-def letter_of(
+def letter_for(
     data: object, reason: DeadLetterReason, detail: str, origin: Origin, *, type_: str | None = None
 ) -> NewDeadLetter:
-    """A letter for an event that is not decided, filed under user and key where they can be made out.
+    """The dead letter of an event that is not applied, with its user and key where the data has them.
 
-    `type_` is what the task's name says of the event; a letter keeps it in the event, so as to be replayed by itself.
+    `type_` is the event type that the task stands for. The dead letter stores it with the event, which can then be
+    replayed without its message.
     """
     try:
         return NewDeadLetter.of_event(reason, detail, parse_event(data, type_=type_, max_amount=MAX_TOKENS), origin)
@@ -157,8 +196,12 @@ def letter_of(
     )
 
 
+def _oversized(size: int) -> UnreadableError:
+    return UnreadableError("oversized", f"The message is {size} bytes long: at most {MAX_BODY_BYTES} are read.")
+
+
 def _key(value: object) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_KEY and is_storable(value) else None
+    return value if isinstance(value, str) and 0 < len(value) <= MAX_KEY_LENGTH and is_storable(value) else None
 
 
 def _json(data: object) -> str | None:
@@ -167,4 +210,4 @@ def _json(data: object) -> str | None:
     try:
         return write_json(data)
     except (NotCanonical, RecursionError):
-        return None  # the letter's body has it
+        return None  # the dead letter stores the body instead

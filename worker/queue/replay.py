@@ -1,8 +1,8 @@
-"""Dead letters back onto the queue: each event of a letter as a new message, which the ledger decides once.
+"""Dead letters back into the queue: each event of a dead letter becomes a new message, which the ledger applies once.
 
-Publishing an event twice is harmless, losing one is not. So a letter counts as replayed only once its events are
-published, and both happen under the lock of its row: whoever is killed in between leaves it open, and a worker that
-cannot apply the replay either waits for the lock and then opens the row again.
+Publishing an event twice is harmless, losing one is not. So a dead letter counts as replayed only once its events are
+published, and both happen while its row is locked: a replay that is killed in between leaves the dead letter open, and
+a worker that cannot apply the replayed event waits for the lock before it opens the dead letter again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 from uuid import UUID, uuid5
 
@@ -25,20 +26,20 @@ from schema.publisher import Publisher, PublishError
 from worker.ledger import dead_letters
 from worker.ledger.dead_letters import DeadLetter, NewDeadLetter, StoredMessage
 from worker.ledger.deliveries import Origin
-from worker.queue.parsing import Unreadable, read_call, read_work
+from worker.queue.parsing import UnreadableError, parse_call, read_body
 
-#: Letters, and events, in one transaction: what is published again when it is interrupted.
-LETTERS_AT_ONCE: Final = 200
-EVENTS_AT_ONCE: Final = 2_000
+#: Dead letters, and events, in one transaction: what an interrupted replay publishes again.
+MAX_LETTERS: Final = 200
+MAX_EVENTS: Final = 2_000
 
-#: Tries to get at rows that a worker holds.
-_TRIES: Final = 5
+#: Attempts at a transaction whose rows a worker has locked.
+MAX_ATTEMPTS: Final = 5
 
 _NAMESPACE: Final = UUID("0d6f1a54-6d0c-4f5e-9d0b-5f1c6b1f8f1d")
 
 
-class CannotReplay(Exception):
-    """A letter has no event that could be applied; the message says why, and what to do."""
+class ReplayError(Exception):
+    """A dead letter cannot be replayed; the text says why and what to do, to be shown behind its number."""
 
 
 @dataclass(slots=True)
@@ -48,15 +49,6 @@ class Report:
     letters: int = 0
     events: int = 0
     refused: dict[int, str] = field(default_factory=dict)  # number → why not
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """What is in a letter: events to publish, and those of a bulk message that stay dead letters."""
-
-    kept: DeadLetter
-    events: list[tuple[Event, int | None]]  # with the place in a bulk message
-    letters: list[NewDeadLetter]
 
 
 def replay(
@@ -69,16 +61,17 @@ def replay(
     max_amount: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Report:
-    """Publish the events of the letters with these numbers that are in one of `states`; `advance` is told how many.
+    """Publish the events of the dead letters with these numbers whose state is one of `states`; after each transaction
+    `advance` gets how many dead letters it took.
 
-    Raises PublishError when Redis fails; the letters before that are replayed, those after it are untouched, and
-    replaying all of them again is safe.
+    Raises PublishError when Redis fails. Dead letters of earlier transactions are replayed, the others are untouched,
+    and replaying all of them again is safe.
     """
-    waiting, report = deque(numbers), Report()
-    while waiting:
-        chunk = [waiting.popleft() for _ in range(min(LETTERS_AT_ONCE, len(waiting)))]
+    remaining, report = deque(numbers), Report()
+    while remaining:
+        chunk = [remaining.popleft() for _ in range(min(MAX_LETTERS, len(remaining)))]
         try:
-            done = _patiently(lambda chunk=chunk: _replay_some(connection, publisher, chunk, states, by, max_amount))  # type: ignore[misc]
+            done = _retry(partial(_replay_chunk, connection, publisher, chunk, states, by, max_amount))
         except PublishError as error:
             raise PublishError(
                 f"{error} {report.letters:,} letters were replayed before that; replaying again is safe.",
@@ -89,12 +82,21 @@ def replay(
         report.events += done.events
         report.refused |= done.refused
         handled = done.letters + len(done.refused)
-        waiting.extendleft(reversed(chunk[handled:]))
+        remaining.extendleft(reversed(chunk[handled:]))
         advance(handled)
     return report
 
 
-def _replay_some(
+def refusal(letter: DeadLetter, message: StoredMessage, max_amount: int) -> str | None:
+    """Why an open dead letter could not be replayed now; None if it could."""
+    try:
+        _read_events(letter, message, max_amount)
+    except ReplayError as error:
+        return str(error)
+    return None
+
+
+def _replay_chunk(
     connection: Connection[Any],
     publisher: Publisher,
     numbers: list[int],
@@ -102,121 +104,117 @@ def _replay_some(
     by: str,
     max_amount: int,
 ) -> Report:
-    """Replay the first of these letters, as many as one transaction should hold: each is counted in the report."""
+    """Replay the first of these dead letters in one transaction, until it has MAX_EVENTS."""
     report = Report()
+    messages: list[tuple[Event, str, Mapping[str, str | int]]] = []
+    new_letters: list[NewDeadLetter] = []
+    replayed: list[int] = []
     with connection.transaction(), connection.cursor() as cursor:
-        taken = {each[0].id: each for each in dead_letters.lock(cursor, numbers)}
-        messages: list[tuple[Event, str, Mapping[str, str | int]]] = []
-        left: list[NewDeadLetter] = []
-        replayed: list[int] = []
+        locked = {letter.id: (letter, event) for letter, event in dead_letters.lock(cursor, numbers)}
         for number in numbers:
-            if len(messages) >= EVENTS_AT_ONCE:
+            if len(messages) >= MAX_EVENTS:
                 break
             try:
-                opened = _open(cursor, taken.get(number), states, max_amount)
-            except CannotReplay as no:
-                report.refused[number] = str(no)
+                letter, stored_event = _check_state(locked.get(number), states)
+                message = _stored_message(cursor, letter, stored_event)
+                events, invalid = _read_events(letter, message, max_amount)
+            except ReplayError as error:
+                report.refused[number] = str(error)
                 continue
-            messages.extend(
-                (event, _message_id(opened.kept, place), {REPLAY_HEADER: number}) for event, place in opened.events
-            )
-            left.extend(opened.letters)
+            messages.extend((event, _message_id(letter, index), {REPLAY_HEADER: number}) for event, index in events)
+            new_letters.extend(invalid)
             replayed.append(number)
         if replayed:
             publisher.publish_named(messages)
-            dead_letters.write(cursor, left)
+            dead_letters.write(cursor, new_letters)
             dead_letters.mark_replayed(cursor, replayed, by)
     report.letters, report.events = len(replayed), len(messages)
     return report
 
 
-def refusal(kept: DeadLetter, message: StoredMessage, max_amount: int) -> str | None:
-    """Why a letter that is open could not be replayed now; None if it could."""
-    try:
-        _read(kept, message, max_amount)
-    except CannotReplay as no:
-        return str(no)
-    return None
+def _check_state(locked: tuple[DeadLetter, str | None] | None, states: frozenset[str]) -> tuple[DeadLetter, str | None]:
+    if locked is None:
+        raise ReplayError("there is no such dead letter.")
+    letter = locked[0]
+    if letter.state not in states:
+        when = f"{letter.state_changed_at:%Y-%m-%d %H:%M:%S}" if letter.state_changed_at else "an unknown date"
+        text = f"it was {letter.state} by {letter.state_changed_by} on {when}"
+        again = "; to publish its events once more, add --again" if letter.state == "replayed" else ""
+        raise ReplayError(f"{text}{again}.")
+    return locked
 
 
-def _open(
-    cursor: Cursor[Any], taken: tuple[DeadLetter, str | None] | None, states: frozenset[str], max_amount: int
-) -> _Opened:
-    if taken is None:
-        raise CannotReplay("there is no such dead letter.")
-    kept, event = taken
-    if kept.state not in states:
-        raise CannotReplay(_closed(kept))
-    alone = event is not None and not _is_bulk(kept)
-    return _read(
-        kept, StoredMessage(event, None, None) if alone else dead_letters.read_message(cursor, kept.id), max_amount
-    )
+def _stored_message(cursor: Cursor[Any], letter: DeadLetter, event: str | None) -> StoredMessage:
+    """The message of a dead letter, without its body where its event suffices."""
+    if event is not None and not _is_bulk(letter):
+        return StoredMessage(event, None, None)
+    return dead_letters.read_message(cursor, letter.id)
 
 
-def _read(kept: DeadLetter, message: StoredMessage, max_amount: int) -> _Opened:
-    """What is in the letter. Raises CannotReplay."""
-    if kept.reason == "conflict":
-        raise CannotReplay("its key stands for another event, now and for ever: discard it, and send a new key.")
-    if _is_bulk(kept):
-        return _read_bulk(kept, message, max_amount)
+def _read_events(
+    letter: DeadLetter, message: StoredMessage, max_amount: int
+) -> tuple[list[tuple[Event, int | None]], list[NewDeadLetter]]:
+    """The events to publish, each with its place in a bulk message, and new dead letters for the invalid events of a
+    bulk message. Raises ReplayError.
+    """
+    if letter.reason == "conflict":
+        raise ReplayError("its key stands for another event, now and for ever: discard it, and send a new key.")
+    if _is_bulk(letter):
+        return _read_bulk(letter, message, max_amount)
     if message.event is not None:
         data = read_json(message.event)
-    elif kept.event_index is None:
-        data = _arguments(kept, message)
+    elif letter.event_index is None:
+        data = _arguments(letter, message)
     else:
-        raise CannotReplay("its event is not JSON that can be stored; the message it came in holds it: discard it.")
+        raise ReplayError("its event is not JSON that can be stored; the message it came in holds it: discard it.")
     try:
-        event = parse_event(data, type_=TYPES.get(kept.task or ""), max_amount=max_amount)
-    except InvalidEvent as no:
-        raise CannotReplay(f"it holds no valid event: {no} Discard it.") from None
-    return _Opened(kept, [(event, None)], [])
+        event = parse_event(data, type_=TYPES.get(letter.task or ""), max_amount=max_amount)
+    except InvalidEvent as error:
+        raise ReplayError(f"it holds no valid event: {error} Discard it.") from None
+    return [(event, None)], []
 
 
-def _read_bulk(kept: DeadLetter, message: StoredMessage, max_amount: int) -> _Opened:
-    """The events of a bulk message that was refused whole; those of them that are invalid get a letter each."""
-    kwargs = read_json(message.event) if message.event is not None else _arguments(kept, message)
+def _read_bulk(
+    letter: DeadLetter, message: StoredMessage, max_amount: int
+) -> tuple[list[tuple[Event, int | None]], list[NewDeadLetter]]:
+    """The events of a bulk message that was refused as a whole."""
+    kwargs = read_json(message.event) if message.event is not None else _arguments(letter, message)
     headers = message.headers if isinstance(message.headers, dict) else None
-    origin = Origin(kept.task, kept.message_id, message.body or b"", headers)
+    origin = Origin(letter.task, letter.message_id, message.body or b"", headers)
     try:
-        work = read_work(APPLY_MANY, (), kwargs, origin, max_amount=max_amount)
-    except Unreadable as no:
-        raise CannotReplay(f"it holds no events: {no} Discard it.") from None
-    if not work.deliveries:
-        raise CannotReplay(f"none of its events is valid, the first: {work.letters[0].detail} Discard it.")
-    return _Opened(kept, [(each.event, each.origin.event_index) for each in work.deliveries], work.letters)
+        parsed = parse_call(APPLY_MANY, (), kwargs, origin, max_amount=max_amount)
+    except UnreadableError as error:
+        raise ReplayError(f"it holds no events: {error} Discard it.") from None
+    if not parsed.deliveries:
+        raise ReplayError(f"none of its events is valid, the first: {parsed.letters[0].detail} Discard it.")
+    return [(delivery.event, delivery.origin.event_index) for delivery in parsed.deliveries], parsed.letters
 
 
-def _arguments(kept: DeadLetter, message: StoredMessage) -> object:
-    """The keyword arguments in the original bytes."""
+def _arguments(letter: DeadLetter, message: StoredMessage) -> object:
+    """The keyword arguments in the original body."""
     if message.body is None:
-        when = "never kept" if kept.purged_at is None else f"purged on {kept.purged_at:%Y-%m-%d}"
-        raise CannotReplay(f"its body was {when}: discard it.")
+        when = "never kept" if letter.purged_at is None else f"purged on {letter.purged_at:%Y-%m-%d}"
+        raise ReplayError(f"its body was {when}: discard it.")
     try:
-        call = read_call(message.body)
-    except Unreadable as no:
-        raise CannotReplay(f"it cannot be read: {no} Discard it.") from None
-    if isinstance(call, dict):  # Celery's first protocol
+        call = read_body(message.body)
+    except UnreadableError as error:
+        raise ReplayError(f"it cannot be read: {error} Discard it.") from None
+    if isinstance(call, dict):  # Celery's protocol 1
         return call.get("kwargs")
     return call[1] if isinstance(call, list) and len(call) > 1 else None
 
 
-def _is_bulk(kept: DeadLetter) -> bool:
-    return kept.task == APPLY_MANY and kept.event_index is None
+def _is_bulk(letter: DeadLetter) -> bool:
+    return letter.task == APPLY_MANY and letter.event_index is None
 
 
-def _closed(kept: DeadLetter) -> str:
-    when = f"{kept.state_changed_at:%Y-%m-%d %H:%M:%S}" if kept.state_changed_at else "some time"
-    what = f"it was {kept.state} by {kept.state_changed_by} on {when}"
-    return f"{what}; to publish its events once more, add --again." if kept.state == "replayed" else f"{what}."
+def _message_id(letter: DeadLetter, event_index: int | None) -> str:
+    """The same at every replay, so that however many replays fail, they are one dead letter."""
+    return str(uuid5(_NAMESPACE, f"{letter.fingerprint.hex()}:{event_index}"))
 
 
-def _message_id(kept: DeadLetter, place: int | None) -> str:
-    """The same at every replay of the letter: should the replay be a dead letter too, it is one, not one a replay."""
-    return str(uuid5(_NAMESPACE, f"{kept.fingerprint.hex()}:{place}"))
-
-
-def _patiently(do: Callable[[], Report]) -> Report:
-    for attempt in range(1, _TRIES):
+def _retry(do: Callable[[], Report]) -> Report:
+    for attempt in range(1, MAX_ATTEMPTS):
         with contextlib.suppress(DeadlockDetected, LockNotAvailable):
             return do()
         time.sleep(0.1 * attempt)
