@@ -1,4 +1,4 @@
-"""`python docs/configuration.py > docs/configuration.md`: the page, written from the settings themselves."""
+"""`python docs/configuration.py > docs/configuration.md` writes the page from the settings."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 _HEAD: Final = """\
 # Configuration
 
-Everything is set by environment variables, read once at start. What is not set, or empty, has its default; an
-unusable value ends every command with exit code 2 and a sentence that names the variable. `tokentrail settings`
-shows what is set, with secrets masked, and where each value comes from.
+Environment variables are read once, at start. A variable that is not set, or empty, has its default. With an invalid
+value every command ends with exit code 2 and a sentence that names the variable. `tokentrail settings` shows each value,
+with secrets masked, and where it comes from.
 
 ```sh
 .venv/bin/tokentrail settings
 TOKENTRAIL_BATCH_SIZE=100 .venv/bin/tokentrail settings --json
 ```
 
-A command in a folder where `tokentrail up` runs takes the servers of that, unless `DATABASE_URL` or `BROKER_URL` is
-set: their addresses are in `.tokentrail/servers.json`, which only its owner can read. `TOKENTRAIL_HOME` names
-another folder than `.tokentrail`. Each of the two falls back by itself, so set both or neither: else a worker takes
-events from one system and writes them into another.
+A command in a folder where `tokentrail up` runs uses its servers, unless `DATABASE_URL` or `BROKER_URL` is set: their
+addresses are in `.tokentrail/servers.json`, which only its owner can read. `TOKENTRAIL_HOME` names another folder than
+`.tokentrail`. Set both variables or neither: each falls back by itself, and a worker would read events of one system and
+write them into another.
 
 ## Settings
 
@@ -37,39 +37,39 @@ events from one system and writes them into another.
 """
 
 _FOOT: Final = """
-Everything that uses one queue must agree on `TOKENTRAIL_QUEUE`, and its workers on `TOKENTRAIL_MAX_AMOUNT` and
-`TOKENTRAIL_VISIBILITY_TIMEOUT`. The rest may differ from process to process.
+All producers and workers of a queue must have the same `TOKENTRAIL_QUEUE`, and its workers the same `TOKENTRAIL_MAX_AMOUNT`
+and `TOKENTRAIL_VISIBILITY_TIMEOUT`. The rest may differ between processes.
 
 ## The servers
 
-`tokentrail worker` looks at both before it starts, refuses what would lose tokens and names what might.
+`tokentrail worker` checks both before it starts. It refuses servers that would lose tokens, and warns of those that might.
 
 | Server | Must be | Otherwise |
 |---|---|---|
 | PostgreSQL | 15 or newer | refused |
-| PostgreSQL | migrated | refused; a schema *newer* than the worker is warned of and worked with |
-| PostgreSQL | `fsync` on, `synchronous_commit` not off | not looked at: a crash may lose outcomes |
+| PostgreSQL | migrated | refused; with a schema *newer* than the worker, it warns and starts |
+| PostgreSQL | `fsync` on, `synchronous_commit` not off | not checked: a crash may lose outcomes |
 | Redis | 7.0 or newer, or Valkey | refused |
-| Redis | `maxmemory-policy noeviction` | `allkeys-…` is refused, for it forgets queues; `volatile-…` is warned of |
-| Redis | `appendonly yes`, `appendfsync always` | warned of: a crash may lose the newest messages |
-| Redis | a database (`/0`) of its own | not looked at: apps that share a Redis database share `unacked` |
+| Redis | `maxmemory-policy noeviction` | `allkeys-…` is refused, because it evicts queues; a warning for `volatile-…` |
+| Redis | `appendonly yes`, `appendfsync always` | warning: a crash may lose the newest messages |
+| Redis | a database (`/0`) of its own | not checked: applications that share a Redis database share `unacked` |
 
-Behind a connection pooler PostgreSQL works in session mode only: timeouts and more are set once a connection (`SET`).
+Connection poolers: session mode only, because workers set timeouts and more once for each connection (`SET`).
 
 ## Celery and Flower
 
-Celery's settings are in `celeryconfig.py`, with a reason on each line; they are part of what is promised, so change
-them only together with the tests. Flower reads its own variables, such as `FLOWER_ADDRESS` and `FLOWER_BASIC_AUTH`;
-`tokentrail flower` starts it on loopback unless told otherwise, `tokentrail up` with its API open where the servers are
-embedded ones, docker-compose.yml with a password. Who else can reach it is in [operating](operating.md#who-may-look).
+Celery's settings are in `celeryconfig.py`, with a reason on each line. The guarantees depend on them, so change them only
+together with the tests. Flower reads its own variables, such as `FLOWER_ADDRESS` and `FLOWER_BASIC_AUTH`. `tokentrail flower`
+starts it on loopback by default, `tokentrail up` with its API open if the servers are embedded ones, docker-compose.yml with
+a password. See [access](operating.md#access).
 
 ---
-This page is written by `python docs/configuration.py > docs/configuration.md`; a test holds it current.
+`python docs/configuration.py > docs/configuration.md` writes this page; a test checks that it is current.
 """
 
 
 def page() -> str:
-    """The page as it must be committed."""
+    """The whole page."""
     rows = (
         f"| `{_variable(name, field)}` | {_default(field)} | {_values(field)} | {_text(field)} |\n"
         for name, field in Settings.model_fields.items()
@@ -97,8 +97,8 @@ def _values(field: FieldInfo) -> str:
     if not bounds:
         return "path" if Path in get_args(field.annotation) else "text"
     kind = "whole number" if field.annotation is int else "number"
-    least = f"more than {bounds[Gt].gt}" if Gt in bounds else f"{bounds[Ge].ge:,}"
-    return f"{kind}, {least} to {bounds[Le].le:,}"
+    lower = f"more than {bounds[Gt].gt}" if Gt in bounds else f"{bounds[Ge].ge:,}"
+    return f"{kind}, {lower} to {bounds[Le].le:,}"
 
 
 if __name__ == "__main__":

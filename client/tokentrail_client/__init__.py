@@ -3,7 +3,7 @@
     with Publisher("redis://localhost:6379/0") as tokens:
         tokens.publish(Burn(user_id="alice", amount="0.000777", action="embedding", idempotency_key="request-1"))
 
-events.py says what may be sent, publisher.py what is known once it was sent or was not.
+events.py has the rules of an event, publisher.py the guarantees of publishing.
 """
 
 # The modules beside this one come from schema/ when the wheel is built: pyproject.toml names them.
