@@ -17,8 +17,8 @@ _HEAD: Final = """\
 # Configuration
 
 Environment variables are read once, at start. A variable that is not set, or empty, has its default. With an invalid
-value every command ends with exit code 2 and a sentence that names the variable. `tokentrail settings` shows each value,
-with secrets masked, and where it comes from.
+value every command ends with exit code 2 and a sentence that names the variable. `tokentrail settings` shows each
+value, with secrets masked, and where it comes from.
 
 ```sh
 .venv/bin/tokentrail settings
@@ -26,9 +26,9 @@ TOKENTRAIL_BATCH_SIZE=100 .venv/bin/tokentrail settings --json
 ```
 
 A command in a folder where `tokentrail up` runs uses its servers, unless `DATABASE_URL` or `BROKER_URL` is set: their
-addresses are in `.tokentrail/servers.json`, which only its owner can read. `TOKENTRAIL_HOME` names another folder than
-`.tokentrail`. Set both variables or neither: each falls back by itself, and a worker would read events of one system and
-write them into another.
+addresses are in `.tokentrail/servers.json`, which only its owner can read. `TOKENTRAIL_HOME` names another folder
+than `.tokentrail`. Set both variables or neither: each falls back by itself, and a worker would read events of one
+system and write them into another.
 
 ## Settings
 
@@ -37,12 +37,13 @@ write them into another.
 """
 
 _FOOT: Final = """
-All producers and workers of a queue must have the same `TOKENTRAIL_QUEUE`, and its workers the same `TOKENTRAIL_MAX_AMOUNT`
-and `TOKENTRAIL_VISIBILITY_TIMEOUT`. The rest may differ between processes.
+All producers and workers of a queue must have the same `TOKENTRAIL_QUEUE`, and its workers the same
+`TOKENTRAIL_MAX_AMOUNT` and `TOKENTRAIL_VISIBILITY_TIMEOUT`. The rest may differ between processes.
 
 ## The servers
 
-`tokentrail worker` checks both before it starts. It refuses servers that would lose tokens, and warns of those that might.
+`tokentrail worker` checks both before it starts. It refuses servers that would lose tokens, and warns of those that
+might.
 
 | Server | Must be | Otherwise |
 |---|---|---|
@@ -58,10 +59,10 @@ Connection poolers: session mode only, because workers set timeouts and more onc
 
 ## Celery and Flower
 
-Celery's settings are in `celeryconfig.py`, with a reason on each line. The guarantees depend on them, so change them only
-together with the tests. Flower reads its own variables, such as `FLOWER_ADDRESS` and `FLOWER_BASIC_AUTH`. `tokentrail flower`
-starts it on loopback by default, `tokentrail up` with its API open if the servers are embedded ones, docker-compose.yml with
-a password. See [access](operating.md#access).
+Celery's settings are in `celeryconfig.py`, with a reason on each line. The guarantees depend on them, so change them
+only together with the tests. Flower reads its own variables, such as `FLOWER_ADDRESS` and `FLOWER_BASIC_AUTH`.
+`tokentrail flower` starts it on loopback by default, `tokentrail up` with its API open if the servers are embedded
+ones, docker-compose.yml with a password. See [access](operating.md#access).
 
 ---
 `python docs/configuration.py > docs/configuration.md` writes this page; a test checks that it is current.
