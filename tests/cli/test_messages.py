@@ -610,97 +610,6 @@ def test_celery_itself_without_a_broker(tmp_path, command):
     expect((process.returncode, process.stderr), 2, "No broker: set BROKER_URL, or start the embedded servers with")
 
 
-@pytest.mark.parametrize("what", ["API", "FLOWER"])
-def test_ports_that_are_all_taken(database_url, broker_url, tmp_path, what):
-    """From the last one on there is one."""
-    given = {"DATABASE_URL": database_url, "BROKER_URL": broker_url, "TOKENTRAIL_HOME": str(tmp_path)}
-    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 65_535)):
-        said = ended("up", environment=given | {f"TOKENTRAIL_{what}_PORT": "65535"})
-    expect(
-        said,
-        1,
-        "No port from 65535 to 65535 is free on 127.0.0.1: stop what listens there, or name another with"
-        f" TOKENTRAIL_{what}_PORT.",
-    )
-
-
-def test_part_of_up_that_does_not_answer(database_url, broker_url, tmp_path):
-    """A minute is too long for a test, and for Flower there is no minute."""
-    given = {"DATABASE_URL": database_url, "BROKER_URL": broker_url, "TOKENTRAIL_HOME": str(tmp_path)}
-    hurried = "import worker.local.up; worker.local.up._START_SECONDS = 0; from worker.cli import main; main()"
-    process = subprocess.run(
-        [sys.executable, "-c", hurried, "up"],
-        cwd=ROOT,
-        env={**os.environ, **given},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    said = process.returncode, process.stderr
-    expect(
-        said,
-        1,
-        "flower did not answer within 0 s (http",
-        "refused): mend what the lines above say of it, or start again when",
-    )
-
-
-@pytest.mark.parametrize(("variable", "program"), [("PG_BIN", "initdb"), ("VALKEY_SERVER", "valkey-server")])
-@pytest.mark.parametrize(
-    ("named", "why"),
-    [
-        ("none", "No such file or directory"),
-        ("text/none", "Not a directory"),
-        ("text", "Permission denied"),
-        ("folder", "it is no file"),
-        ("loop", "Too many levels of symbolic links"),
-        ("x" * 300, "File name too long"),
-    ],
-)
-def test_embedded_server_that_is_not_there_leaves_nothing_behind(
-    tokentrail, monkeypatch, tmp_path, variable, program, named, why
-):
-    (tmp_path / "text").write_text("no program")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / program).symlink_to(named)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    setting = f"TOKENTRAIL_{variable}"
-    said = tokentrail("demo", **{setting: str(tmp_path if variable == "PG_BIN" else tmp_path / program)})
-    expect(said, 1, f"{tmp_path / program} does not run ({why}): name another program with {setting}, or set DATABASE_")
-    assert list(temporary.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        (bytes(range(256)), "Exec format error"),
-        (b"#!/bin/sh\nprintf 'no libx:\\n gone' >&2; exit 127\n", "no libx: / gone"),
-        (b"#!/bin/sh\nexit 3\n", "it ends with status 3"),
-    ],
-)
-def test_embedded_postgresql_that_does_not_tell_its_version(tokentrail, monkeypatch, server_folder, text, why):
-    server_folder.mkdir(mode=0o755)
-    monkeypatch.setattr(tempfile, "tempdir", str(server_folder))
-    for name in ("initdb", "postgres"):
-        (server_folder / name).write_bytes(text)
-        (server_folder / name).chmod(0o755)
-    said = tokentrail("demo", TOKENTRAIL_PG_BIN=str(server_folder))
-    expect(said, 1, f"{server_folder}/postgres does not run ({why}): name another program with TOKENTRAIL_PG_BIN, or")
-
-
-def test_embedded_valkey_that_the_machine_cannot_start(tokentrail, monkeypatch, server_folder):
-    server_folder.mkdir(mode=0o755)
-    monkeypatch.setattr(tempfile, "tempdir", str(server_folder))
-    program = server_folder / "valkey-server"
-    program.write_bytes(bytes(range(256)))
-    program.chmod(0o755)
-    said = tokentrail("demo", TOKENTRAIL_VALKEY_SERVER=str(program))
-    expect(said, 1, f"{program} does not run (Exec format error): name another program with TOKENTRAIL_VALKEY_SERVER")
-
-
 @pytest.fixture
 def tiny_disk():
     """A file system of 60 MB."""
@@ -736,25 +645,6 @@ def test_disk_that_is_full_for_postgresql_in_use(tokentrail, tiny_disk):
     finally:
         server.kill()
         discard(tiny_disk / "data")
-
-
-@pytest.mark.parametrize(
-    ("kilobytes", "words"),
-    [
-        (0, "Cannot use {data} (No space left on device): free some space there, or choose another place, TOKENTRAIL_"),
-        (12, "PostgreSQL's initdb failed (No space left on device): free some space where {data} is; its log is "),
-        (100, 'FATAL:  could not write to file "pg_wal/xlogtemp'),
-        (40_000, "PostgreSQL cannot make its database ("),
-    ],
-    ids=["nothing", "initdb", "write-ahead log", "database"],
-)
-def test_disk_that_is_full_at_the_first_run(tiny_disk, kilobytes, words):
-    """Too full for a word in a log, too, and for what a cluster begins with."""
-    home = tiny_disk / "home"
-    fill(tiny_disk, kilobytes << 10)
-    said = ended("up", environment={"TOKENTRAIL_HOME": str(home)})
-    data = home / "data"
-    expect(said, 1, words.format(data=data), "No space left on device): free some space ", f"{data}")
 
 
 def test_machine_that_has_no_more_to_give(tmp_path, monkeypatch):

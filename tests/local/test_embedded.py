@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -264,16 +265,41 @@ def test_root_without_an_account_nobody_is_refused(monkeypatch):
         embedded.unprivileged.account()
 
 
-@pytest.mark.parametrize("file", ["", "#!/bin/sh\n", "a folder"], ids=["missing", "not executable", "folder"])
-def test_a_program_that_cannot_run_is_refused_with_the_setting_that_names_it(monkeypatch, tmp_path, file):
-    if file == "a folder":
-        (tmp_path / "initdb").mkdir()
-    elif file:
-        (tmp_path / "initdb").write_text(file)
-        (tmp_path / "initdb").chmod(0o600)
-    monkeypatch.setenv("TOKENTRAIL_PG_BIN", str(tmp_path))
-    with pytest.raises(EmbeddedError, match=rf"^Cannot run {tmp_path}/initdb .*TOKENTRAIL_PG_BIN"):
-        PostgresServer(tmp_path / "data").start()
+#: A file named as a server's program: its bytes, its mode, and the reason that the error gives.
+NO_PROGRAMS = {
+    "missing": (None, 0, "no such file"),
+    "not executable": (b"#!/bin/sh\n", 0o644, "no executable file"),
+    "no program": (bytes(range(256)), 0o755, "Exec format error"),
+    "no library": (b"#!/bin/sh\nprintf 'no libx:\\n gone' >&2; exit 127\n", 0o755, "no libx: /  gone"),
+    "fails": (b"#!/bin/sh\nexit 3\n", 0o755, "--version exits with code 3"),
+}
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        *(("TOKENTRAIL_PG_BIN", name) for name in NO_PROGRAMS),
+        *(("TOKENTRAIL_VALKEY_SERVER", name) for name in ("missing", "not executable", "no program")),
+    ],
+)
+def test_a_program_that_cannot_run_is_refused_with_the_setting_that_names_it(monkeypatch, server_folder, setting, name):
+    content, mode, reason = NO_PROGRAMS[name]
+    of_valkey = setting == "TOKENTRAIL_VALKEY_SERVER"
+    server_folder.mkdir()
+    monkeypatch.setenv(setting, str(server_folder / "valkey-server" if of_valkey else server_folder))
+    for program in ("initdb", "postgres", "valkey-server") if content is not None else ():
+        (server_folder / program).write_bytes(content)
+        (server_folder / program).chmod(mode)
+    temporary = server_folder / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with pytest.raises(EmbeddedError) as error, embedded.servers():
+        pass
+    assert str(error.value).startswith(f"Cannot run {server_folder}/")
+    assert f"({reason}): " in str(error.value)
+    assert setting in str(error.value)
+    if mode != 0o755:
+        assert list(temporary.iterdir()) == [], "nothing was started"
 
 
 def test_servers_of_the_distribution_serve_as_well(server_folder, monkeypatch, requires_program):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -18,7 +20,7 @@ import pytest
 
 from tests.kit.servers import free_port
 from tests.kit.wait import PATIENCE, eventually
-from worker.local.up import Service
+from worker.local.up import Service, UpError
 from worker.processes import Child, Family
 from worker.read.supply import read_supply
 
@@ -226,6 +228,30 @@ def get_or_none(url):
 )
 def test_a_service_has_a_url_that_this_machine_can_open(host, url):
     assert Service("api", host, 8000, "/readyz").url == url
+
+
+def test_a_service_that_finds_no_free_port_names_its_setting():
+    service = Service("flower", "127.0.0.1", 65_535, "/healthcheck")
+    with (
+        contextlib.suppress(OSError),
+        socket.create_server(("127.0.0.1", 65_535)),
+        pytest.raises(UpError, match=r"65535 .* TOKENTRAIL_FLOWER_PORT"),
+    ):
+        service.move_to_free_port()
+
+
+@pytest.mark.usefixtures("set_servers")
+def test_a_service_that_does_not_answer_in_time_stops_everything(tmp_path):
+    hurried = "import worker.local.up; worker.local.up._START_SECONDS = 0; from worker.cli import main; main()"
+    up = subprocess.run(
+        [sys.executable, "-c", hurried, "up"],
+        env={**os.environ, "TOKENTRAIL_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert up.returncode == 1
+    assert up.stderr.startswith("tokentrail: api and flower did not answer within 0 s")
 
 
 @pytest.mark.usefixtures("set_servers")
