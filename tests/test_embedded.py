@@ -228,7 +228,7 @@ def test_a_server_that_takes_too_long_is_reported_with_what_it_is_at(server_fold
     """One that answers nobody, as one that has much to recover from."""
     monkeypatch.setattr(process, "START_SECONDS", 0)
     monkeypatch.setenv("TOKENTRAIL_VALKEY_SERVER", str(server_folder / "valkey-server"))
-    server_folder.mkdir()
+    server_folder.mkdir(mode=0o755)
     (server_folder / "valkey-server").write_text("#!/bin/sh\necho Reading RDB file; exec sleep 600\n")
     (server_folder / "valkey-server").chmod(0o755)
     server = ValkeyServer(server_folder)
@@ -442,3 +442,16 @@ def test_tests_refuse_a_given_redis_that_holds_something_and_leave_an_empty_one_
         ended = run_tests()
         assert (ended.returncode, broker.get("of a live system")) == (2, b"1"), ended.stdout
         assert "it holds something (db0): unset BROKER_URL" in ended.stdout + ended.stderr
+
+
+def test_servers_are_told_nothing_of_our_environment(monkeypatch):
+    """PostgreSQL runs as nobody where we are root: every other process of nobody's can read what it was told."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hush@db.example/tokens")
+    monkeypatch.setenv("SOMETHING", "hush")
+    monkeypatch.setenv("TZ", "UTC")
+    with embedded.servers() as pair:
+        postgres, valkey = (Path(f"/proc/{pid}/environ").read_bytes() for pid in pair.pids[1:])
+    assert b"hush" not in postgres + valkey  # Valkey writes its title over what it was told
+    told = dict(entry.split(b"=", 1) for entry in postgres.split(b"\0") if entry)
+    assert told.keys() <= {b"PATH", b"LC_ALL", b"TZ", b"LD_LIBRARY_PATH"}
+    assert (told[b"LC_ALL"], told[b"TZ"]) == (b"C", b"UTC")

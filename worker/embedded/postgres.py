@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from worker.embedded import binaries, unprivileged
-from worker.embedded.process import EmbeddedError, ServerProcess, does_not_run, password
+from worker.embedded.process import EmbeddedError, ServerProcess, does_not_run, environment, password
 
 NAME = "tokentrail"  # of the superuser and of the database
 
@@ -133,7 +133,7 @@ def _major(programs: Path) -> int:
     program = programs / "postgres"
     try:
         said = subprocess.run(  # noqa: S603  the operator's choice, or the wheel's
-            [program, "--version"], check=True, capture_output=True, text=True, errors="replace"
+            [program, "--version"], env=environment(), check=True, capture_output=True, text=True, errors="replace"
         ).stdout
     except OSError as error:
         raise does_not_run(program, error.strerror, PostgresServer.variable) from None

@@ -47,6 +47,9 @@ _SCARCE: Final = 64 << 20
 #: Bytes of its log that are looked at: what it said hours ago is not why it ends now.
 _LAST: Final = 8192
 
+#: Of our environment: where programs and libraries are, and the time zone.
+_PASSED_ON: Final = ("PATH", "LD_LIBRARY_PATH", "TZ")
+
 PR_SET_PDEATHSIG = 1
 #: The signals that a server is ended with.
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
@@ -214,7 +217,7 @@ class ServerProcess(ABC):
                     user=uid,
                     group=gid,
                     extra_groups=groups,
-                    env=_environment(),
+                    env=environment(),
                     cwd=self._working_folder(),
                 )
             except OSError as error:
@@ -322,10 +325,11 @@ def _beginning() -> Callable[[], None]:
     return begin
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without what would change how a server behaves or in which language it complains."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
-    return ours | {"LC_ALL": "C"}
+def environment() -> dict[str, str]:
+    """What a server's program needs of ours, and nothing else: it may run as another account, whose every process
+    could read our passwords there, and much that is meant for other servers would change how it behaves.
+    """
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {"LC_ALL": "C"}
 
 
 def _is_alive(pid: int) -> bool:
