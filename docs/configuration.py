@@ -26,9 +26,10 @@ TOKENTRAIL_BATCH_SIZE=100 .venv/bin/tokentrail settings --json
 ```
 
 A command in a folder where `tokentrail up` runs takes the servers of that, unless `DATABASE_URL` or `BROKER_URL` is
-set: their addresses are in `.tokentrail/servers.json`, which only its owner can read. `TOKENTRAIL_HOME` names
-another folder than `.tokentrail`. Each of the two falls back by itself, so set both or neither: else a worker takes
-events from one system and writes them into another.
+set: their addresses are in `.tokentrail/servers.json`, which only its owner can read, and which nobody else's command
+believes. `TOKENTRAIL_HOME` names another folder than `.tokentrail`; it must be yours, and none but you may write in it.
+Each of the two falls back by itself, so set both or neither: else a worker takes events from one system and writes them
+into another.
 
 ## Settings
 

@@ -229,7 +229,8 @@ def postgres(server_folder, monkeypatch):
     """PostgreSQL as the image of that name sets it up: a role and a database of the environment's names."""
     wanted = compose(SECRETS)["postgres"]["environment"]
     assert wanted["POSTGRES_USER"] == wanted["POSTGRES_DB"] == "tokentrail"
-    server_folder.mkdir()
+    server_folder.mkdir(mode=0o755)
+    (server_folder / "password").touch(0o600)
     (server_folder / "password").write_text(wanted["POSTGRES_PASSWORD"])
     server = PostgresServer(server_folder, durable=False)
     server.start()

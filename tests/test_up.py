@@ -124,6 +124,11 @@ def test_up_runs_everything_and_leaves_nothing_behind(tokentrail, tmp_path):
     assert "+1.5" in shown.printed()
     until(lambda: "tokens.accrue" in get(f"{urls['flower_url']}/api/tasks"), up.printed)
 
+    # Nobody but us reads what lies there, and nobody else can have put it there.
+    data = tmp_path / "data"
+    kept = [tmp_path / "up.lock", data / "password", *data.glob("*.lock"), *(data / "logs").iterdir()]
+    assert [oct(file.stat().st_mode & 0o777) for file in kept] == 7 * ["0o600"], kept
+
     # A second `up` of the same folder does not start.
     second = tokentrail("up")
     assert second.wait() == 1
@@ -235,6 +240,15 @@ def test_flowers_api_stays_closed_where_the_servers_are_not_ups_own(tokentrail):
     up = tokentrail("up")
     until(flowers, up.printed)
     assert "FLOWER_UNAUTHENTICATED_API" not in flowers()[0].environ()
+
+
+def test_up_makes_a_folder_that_nobody_else_can_write_in_whatever_the_umask(tmp_path, own_servers):
+    code = "import os; os.umask(0); from worker.cli import main; main()"
+    environment = {**os.environ, "TOKENTRAIL_HOME": str(tmp_path / "new"), "TOKENTRAIL_API_HOST": "192.0.2.1"}
+    ended = subprocess.run([sys.executable, "-c", code, "up"], env=environment, capture_output=True, check=False)
+    assert b"Cannot listen on port" in ended.stderr, "it ends soon"
+    assert (tmp_path / "new").stat().st_mode & 0o022 == 0
+    assert (tmp_path / "new" / "up.lock").stat().st_mode & 0o777 == 0o600
 
 
 def test_child_that_cannot_be_started_again_is_tried_later_and_its_siblings_live(tmp_path):

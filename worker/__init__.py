@@ -14,4 +14,5 @@ listening.py  an address to listen on
 db.py         connections to PostgreSQL, the version of its schema
 embedded/     PostgreSQL and Valkey of our own
 config.py     every setting
+files.py      files and folders that nobody else can have planted
 """

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schema import addresses
 from schema.publisher import Publisher
+from worker.files import Untrusted, read_ours
 
 #: Where `tokentrail up` keeps its servers' data and writes their addresses (mode 0600).
 HOME = Path(os.environ.get("TOKENTRAIL_HOME") or ".tokentrail")
@@ -138,13 +139,14 @@ class Settings(BaseSettings):
 def _missing(what: str, variable: str) -> ConfigError:
     file = HOME / "servers.json"
     try:
-        file.open().close()
-    except PermissionError:
+        read_ours(file)
+    except (Untrusted, PermissionError) as error:
+        fact = error.fact if isinstance(error, Untrusted) else f"{file} belongs to another user's `tokentrail up`"
         return ConfigError(
-            f"No {what}: {file} belongs to another user's `tokentrail up`; set {variable}, or start your own servers"
-            " with `tokentrail up` in another folder (TOKENTRAIL_HOME)."
+            f"No {what}: {fact}; set {variable}, or start your own servers with `tokentrail up` in another folder"
+            " (TOKENTRAIL_HOME)."
         )
-    except OSError:
+    except (OSError, ValueError):
         pass
     return ConfigError(f"No {what}: set {variable}, or start the embedded servers with `tokentrail up`.")
 
@@ -168,9 +170,9 @@ def _check_database(url: str) -> None:
 def _running_servers() -> dict[str, Any]:
     """The addresses that a running `tokentrail up` of this folder has written, else nothing."""
     try:
-        found = dict(json.loads((HOME / "servers.json").read_text()))
+        found = dict(json.loads(read_ours(HOME / "servers.json")))
         pid = int(found["pid"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours to read
+    except (OSError, ValueError, KeyError, TypeError, Untrusted):  # not there, or not ours; who needs it says so
         return {}
     try:
         os.kill(pid, 0)  # of one that was killed, the addresses are nobody's

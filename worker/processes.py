@@ -18,6 +18,8 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from worker.files import open_ours
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
@@ -81,7 +83,7 @@ class Child:
         self.tail.clear()
         self._partial = b""
         self._started = time.monotonic()
-        with self._log.open("ab") if self._log else contextlib.nullcontext() as log:
+        with open_ours(self._log, "ab") if self._log else contextlib.nullcontext() as log:
             self.process = subprocess.Popen(  # noqa: S603 - our own programs
                 self._command,
                 env=dict(self._env) if self._env is not None else None,

@@ -20,7 +20,8 @@ from rich.text import Text
 
 from worker.config import HOME, settings
 from worker.db import ROOT, deploy
-from worker.embedded import EmbeddedError, servers
+from worker.embedded import EmbeddedError, make_folder, servers
+from worker.files import Untrusted, open_ours, read_ours
 from worker.listening import CannotListen, claim
 from worker.processes import Child, Family
 from worker.show import console, migrating
@@ -51,10 +52,10 @@ class Failed(Exception):
 def up(*, with_demo: bool, look_at_broker: Callable[[str], object]) -> None:
     """Run everything until SIGINT, SIGTERM or SIGHUP; then stop it in order: worker, API, Flower, servers.
 
-    Raises AlreadyRunning, Failed, EmbeddedError or ConfigError, or what `look_at_broker` raises of a Redis that is
-    given; by then nothing is left running.
+    Raises AlreadyRunning, Failed, EmbeddedError, ConfigError or Untrusted, or what `look_at_broker` raises of a Redis
+    that is given; by then nothing is left running.
     """
-    HOME.mkdir(parents=True, exist_ok=True)
+    make_folder(HOME)
     family = Family()
     with _only_one(), family.signals(), contextlib.ExitStack() as stack:
         stack.callback(_forget_addresses)
@@ -294,7 +295,7 @@ def _free_port(stack: contextlib.ExitStack, what: str, host: str, first: int) ->
 @contextlib.contextmanager
 def _only_one() -> Iterator[None]:
     """Hold this folder for us. The lock ends with our process, however that ends."""
-    with (HOME / "up.lock").open("w") as lock:
+    with open_ours(HOME / "up.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -304,8 +305,8 @@ def _only_one() -> Iterator[None]:
 
 def _who_is_running() -> str:
     try:
-        other: dict[str, Any] = json.loads(_addresses().read_text())
-    except (OSError, ValueError):
+        other: dict[str, Any] = json.loads(read_ours(_addresses()))
+    except (OSError, ValueError, Untrusted):
         return f"Another `tokentrail up` is starting in {Path.cwd()}."
     return (
         f"`tokentrail up` runs here already (process {other['pid']}): its API is at {other['api_url']}, Flower at"
@@ -321,8 +322,9 @@ def _remember_addresses(what: dict[str, object]) -> None:
     """Tell the other commands in this folder, and nobody else: the URLs carry passwords."""
     draft = HOME / f"servers.json.{os.getpid()}"
     try:
-        draft.touch(mode=0o600)
-        draft.write_text(json.dumps(what))
+        draft.unlink(missing_ok=True)  # of one that was killed, and had our number
+        with open_ours(draft, "x") as file:
+            file.write(json.dumps(what))
         draft.replace(_addresses())
     except OSError as error:
         draft.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from worker.config import HOME, ConfigError
 from worker.db import SchemaError
 from worker.demo import DemoError
 from worker.embedded import EmbeddedError
+from worker.files import Untrusted
 from worker.up import AlreadyRunning, Failed
 
 FAILED = 1
@@ -63,7 +64,7 @@ _OF_POSTGRESQL: Final = {
 _OTHERWISE: Final = "its log has the statement and more, so mend what that names, and try again"
 
 #: Their messages are sentences already.
-_TOLD = (PublishError, EmbeddedError, DemoError, SchemaError, AlreadyRunning, Failed, NotReady)
+_TOLD = (PublishError, EmbeddedError, DemoError, SchemaError, AlreadyRunning, Failed, NotReady, Untrusted)
 
 
 def explain(error: Exception) -> tuple[str | None, int]:

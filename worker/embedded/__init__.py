@@ -29,11 +29,12 @@ from worker.embedded.postgres import PostgresServer
 from worker.embedded.process import FOLDER_MODE, LOGS, EmbeddedError, make_folder
 from worker.embedded.unprivileged import discard
 from worker.embedded.valkey import ValkeyServer
+from worker.files import open_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["EmbeddedError", "PostgresServer", "Servers", "ValkeyServer", "discard", "servers"]
+__all__ = ["EmbeddedError", "PostgresServer", "Servers", "ValkeyServer", "discard", "make_folder", "servers"]
 
 #: Seconds the guard may take to stop both servers before it is killed, and they with it.
 STOP_SECONDS = 60
@@ -61,8 +62,8 @@ def servers(data: Path | None = None, *, durable: bool | None = None) -> Iterato
 
     Without `data` they are thrown away afterwards and, unless `durable`, spare themselves all syncing.
     With it they are kept there, and what they have acknowledged survives any crash. Each start has new
-    ports. Raises EmbeddedError when one does not start, or when another process has the same `data`, OSError when
-    the machine does not let it.
+    ports. Raises EmbeddedError when one does not start, or when another process has the same `data`, Untrusted when
+    others can write there, OSError when the machine does not let it.
     """
     postgres_folder()  # where a program is missing, nothing is begun, and no folder of empty logs stays behind
     valkey_program()
@@ -98,7 +99,7 @@ def _start_guard(folder: Path, *, throw_away: bool, durable: bool | None) -> sub
         command.append("--throw-away")
     if durable if durable is not None else not throw_away:
         command.append("--durable")
-    with (logs / "guard.log").open("w") as log:
+    with open_ours(logs / "guard.log", "w") as log:
         return subprocess.Popen(  # noqa: S603  our own module
             command,
             stdin=subprocess.PIPE,  # never written to: that it closes is the sign to stop

@@ -23,6 +23,7 @@ from worker.embedded.postgres import PostgresServer
 from worker.embedded.process import EmbeddedError
 from worker.embedded.unprivileged import discard
 from worker.embedded.valkey import ValkeyServer
+from worker.files import Untrusted
 
 
 def guard(folder: Path, program: int, *, durable: bool, throw_away: bool) -> None:
@@ -42,7 +43,7 @@ def guard(folder: Path, program: int, *, durable: bool, throw_away: bool) -> Non
         _tell({"database_url": postgres.url, "broker_url": valkey.url, "pids": pids})
         _watch(program, [postgres, valkey])
         failed = False
-    except (ConfigError, EmbeddedError) as error:
+    except (ConfigError, EmbeddedError, Untrusted) as error:
         _tell({"error": str(error)})
     except OSError as error:  # of the machine: what helps is said where the same is said of other commands
         _tell({"error": str(error), "errno": error.errno, "path": error.filename or str(folder)})

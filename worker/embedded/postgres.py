@@ -16,6 +16,7 @@ from psycopg import sql
 
 from worker.embedded import binaries, unprivileged
 from worker.embedded.process import EmbeddedError, ServerProcess, does_not_run, environment, password
+from worker.files import open_ours
 
 NAME = "tokentrail"  # of the superuser and of the database
 
@@ -101,8 +102,8 @@ class PostgresServer(ServerProcess):
         account.own(half)
         secret = cluster.with_name("initial-password")
         secret.unlink(missing_ok=True)
-        secret.touch(0o600)
-        secret.write_text(password(self.folder))
+        with open_ours(secret, "x") as file:
+            file.write(password(self.folder))
         account.own(secret)
         locale = ["--no-locale", "--encoding=UTF8"]
         if major >= BUILTIN_LOCALE_SINCE:

@@ -16,6 +16,8 @@ import time
 from abc import ABC, abstractmethod
 from typing import IO, TYPE_CHECKING, ClassVar, Final
 
+from worker.files import open_ours, own_folder, read_ours
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
@@ -204,7 +206,7 @@ class ServerProcess(ABC):
         """A child that writes to our log, keeps our lock for as long as it lives, and dies with us."""
         assert self._lock is not None
         uid, gid, groups = account or (None, None, None)
-        with self.log.open("ab") as log:
+        with open_ours(self.log, "ab") as log:
             self._log_began = log.tell()
             try:
                 return subprocess.Popen(  # noqa: S603  the operator's choice, or the wheels'
@@ -228,9 +230,10 @@ class ServerProcess(ABC):
 
     def _said(self) -> str:
         """What the present start has written to the log, the end of it."""
-        with self.log.open("rb") as log:
+        with open_ours(self.log, "rb") as log:
             log.seek(max(self._log_began, log.seek(0, os.SEEK_END) - _LAST))
-            return log.read().decode(errors="replace")
+            said: bytes = log.read()
+        return said.decode(errors="replace")
 
     def _gist(self, trouble: str | None = None) -> str:
         """The first line that names the trouble, else the last lines."""
@@ -241,8 +244,7 @@ class ServerProcess(ABC):
     def _take_lock(self) -> None:
         if self._lock is not None:
             return
-        path = self.folder / f"{self.name}.lock"
-        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+        lock = open_ours(self.folder / f"{self.name}.lock", "a+")
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -272,12 +274,8 @@ class ServerProcess(ABC):
 
 
 def make_folder(folder: Path) -> None:
-    """Make a server's folder, whatever the umask; leave alone one that is there."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return
-    folder.chmod(FOLDER_MODE)
+    """Make a server's folder. Raises Untrusted for one that is there and not ours alone."""
+    own_folder(folder, FOLDER_MODE)
 
 
 def free_port() -> int:
@@ -292,15 +290,15 @@ def password(folder: Path) -> str:
     path = folder / "password"
     if not path.exists():
         draft = folder / f"password.{os.getpid()}.{secrets.token_hex(4)}"
-        draft.touch(0o600)
         try:
-            draft.write_text(secrets.token_hex(16))
+            with open_ours(draft, "x") as file:
+                file.write(secrets.token_hex(16))
             os.link(draft, path)  # in one step and only if there is none: two servers may start at once
         except FileExistsError:
             pass
         finally:
-            draft.unlink()
-    return path.read_text()
+            draft.unlink(missing_ok=True)
+    return read_ours(path)
 
 
 def _beginning() -> Callable[[], None]:
