@@ -70,6 +70,11 @@ def expect(said, code, *words):
             "0",
             "TOKENTRAIL_BATCH_SIZE is not usable: Input should be greater than or equal to 1",
         ),
+        (
+            "TOKENTRAIL_ALLOWED_HOSTS",
+            "api, https://ledger.example",
+            "must be names separated by commas, without port or *, and 'https://ledger.example' is none",
+        ),
         ("TOKENTRAIL_TRANSPORT", "magic", "TOKENTRAIL_TRANSPORT is not usable: Input should be 'atomic' or 'stock'"),
         (
             "TOKENTRAIL_LOG_LEVEL",

@@ -11,6 +11,7 @@ ledger/       what happens to the money
 processes.py  child processes that live and die together
 log.py        the form of a log line
 listening.py  an address to listen on
+hosts.py      by which names we may be asked over HTTP
 db.py         connections to PostgreSQL, the version of its schema
 embedded/     PostgreSQL and Valkey of our own
 config.py     every setting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,9 @@ from worker.files import Untrusted, read_ours
 
 #: Where `tokentrail up` keeps its servers' data and writes their addresses (mode 0600).
 HOME = Path(os.environ.get("TOKENTRAIL_HOME") or ".tokentrail")
+
+#: A name as it stands in a request's Host header.
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 
 
 class ConfigError(Exception):
@@ -77,6 +81,11 @@ class Settings(BaseSettings):
         16, description="Rows the global token balance is spread over, so that workers do not wait for one."
     )
     api_host: str = Field("127.0.0.1", description="Address the read endpoint listens on.")
+    allowed_hosts: str | None = Field(
+        None,
+        description="Names by which API and Flower may be asked, such as those that a gateway or other containers use:"
+        " separated by commas. Addresses, localhost and this machine's own name always are.",
+    )
     api_port: Annotated[int, Field(ge=1, le=65_535)] = Field(8000, description="Port the read endpoint listens on.")
     flower_port: Annotated[int, Field(ge=1, le=65_535)] = Field(
         5555, description="Port Flower listens on; to `tokentrail flower`, FLOWER_PORT goes before it."
@@ -97,6 +106,14 @@ class Settings(BaseSettings):
             return value
         return value.upper() if info.field_name == "log_level" else value.lower()
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names_only(cls, names: str | None) -> str | None:
+        wrong = [name for name in _listed(names) if not _HOST_NAME.fullmatch(name)]
+        if wrong:
+            raise ValueError(f"must be names separated by commas, without port or *, and {wrong[0]!r} is none")
+        return names
+
     @field_validator("database_url", "broker_url", mode="before")
     @classmethod
     def _without_a_line_break(cls, url: object) -> object:
@@ -116,6 +133,10 @@ class Settings(BaseSettings):
             addresses.check_broker(url.get_secret_value())
         return url
 
+    def host_names(self) -> list[str]:
+        """The names in `allowed_hosts`."""
+        return _listed(self.allowed_hosts)
+
     def database(self) -> str:
         """PostgreSQL's URL, or ConfigError when there is none."""
         if self.database_url is None:
@@ -134,6 +155,10 @@ class Settings(BaseSettings):
             return Publisher(self.broker(), self.queue, lanes)
         except ValueError as error:
             raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
+
+
+def _listed(names: str | None) -> list[str]:
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
 
 
 def _missing(what: str, variable: str) -> ConfigError:
