@@ -61,8 +61,9 @@ Behind a connection pooler PostgreSQL works in session mode only: timeouts and m
 
 Celery's settings are in `celeryconfig.py`, with a reason on each line; they are part of what is promised, so change
 them only together with the tests. Flower reads its own variables, such as `FLOWER_ADDRESS` and `FLOWER_BASIC_AUTH`;
-`tokentrail flower` starts it on loopback unless told otherwise, `tokentrail up` with its API open where the servers are
-embedded ones, docker-compose.yml with a password. Who else can reach it is in [operating](operating.md#who-may-look).
+`tokentrail flower` starts it on loopback unless told otherwise, docker-compose.yml with a password. Its API is closed
+without a password, with `tokentrail up` too, unless you set `FLOWER_UNAUTHENTICATED_API`. Who else can reach it is in
+[operating](operating.md#who-may-look).
 
 ---
 This page is written by `python docs/configuration.py > docs/configuration.md`; a test holds it current.

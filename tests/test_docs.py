@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 from brokers import eventually, free_port
+from stage import LISTED
 from typer.exceptions import TyperException
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -470,8 +471,8 @@ def test_flower_says_what_the_readme_says_it_says(system):
     )
 
     def shown():
-        with opener().open(f"{system.addresses['flower_url']}/api/tasks?limit=20000", timeout=10) as answer:
-            tasks = json.load(answer).values()
+        with opener().open(system.addresses["flower_url"] + LISTED, timeout=10) as answer:
+            tasks = json.load(answer)["data"]
         return {(each["name"], each["result"]) for each in tasks if "alice" in (each["kwargs"] or "")}
 
     eventually(lambda: (said[1], said[3]) in shown(), 30)

@@ -3,6 +3,7 @@
 cli/          the command `tokentrail`
 up.py         all of it on one machine
 demo/         a small token economy to look at
+window.py     Flower, closed to pages of other sites
 show.py       what a person sees in the terminal
 app.py        the Celery application
 queue/        from Redis to a batch

@@ -144,7 +144,6 @@ class _Running:
 
     def _start_children(self, addresses: dict[str, Any], api: _Address, flower: _Address) -> None:
         self._environment = {
-            **self._open_api(),
             **os.environ,
             "DATABASE_URL": addresses["database_url"],
             "BROKER_URL": addresses["broker_url"],
@@ -159,14 +158,6 @@ class _Running:
             "flower": ("--host", flower.host, "--port", str(flower.port), *_QUIET),
         }.items():
             self._family.add(self._child(name, *command, on_line=self._line))
-
-    def _open_api(self) -> dict[str, str]:
-        """Flower's API asks for no password where only servers of our own are behind it.
-
-        Loopback keeps out other machines and not the browser of this one: any page in it could have tasks sent.
-        """
-        given = self._settings.database_url or self._settings.broker_url
-        return {} if given else {"FLOWER_UNAUTHENTICATED_API": "true"}
 
     def _child(self, name: str, *command: str, on_line: Callable[[str, str], None] | None = None) -> Child:
         program = [sys.executable, "-m", "worker.cli", name, *command]
