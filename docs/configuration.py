@@ -26,9 +26,10 @@ TOKENTRAIL_BATCH_SIZE=100 .venv/bin/tokentrail settings --json
 ```
 
 A command in a folder where `tokentrail up` runs uses its servers, unless `DATABASE_URL` or `BROKER_URL` is set: their
-addresses are in `.tokentrail/servers.json`, which only its owner can read. `TOKENTRAIL_HOME` names another folder
-than `.tokentrail`. Set both variables or neither: each falls back by itself, and a worker would read events of one
-system and write them into another.
+addresses are in `.tokentrail/servers.json`, which only its owner can read, and which no other user's command trusts.
+`TOKENTRAIL_HOME` names another folder than `.tokentrail`; it must be yours, and only you may write in it. Set both
+variables or neither: each falls back by itself, and a worker would read events of one system and write them into
+another.
 
 ## Settings
 
@@ -61,8 +62,8 @@ Connection poolers: session mode only, because workers set timeouts and more onc
 
 Celery's settings are in `celeryconfig.py`, with a reason on each line. The guarantees depend on them, so change them
 only together with the tests. Flower reads its own variables, such as `FLOWER_ADDRESS` and `FLOWER_BASIC_AUTH`.
-`tokentrail flower` starts it on loopback by default, `tokentrail up` with its API open if the servers are embedded
-ones, docker-compose.yml with a password. See [access](operating.md#access).
+`tokentrail flower` starts it on loopback by default, docker-compose.yml with a password. Without a password its API is
+closed, unless you set `FLOWER_UNAUTHENTICATED_API`. See [access](operating.md#access).
 
 ---
 `python docs/configuration.py > docs/configuration.md` writes this page; a test checks that it is current.

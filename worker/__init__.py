@@ -2,6 +2,7 @@
 
 cli/          the command `tokentrail`
 local/        all of it on one machine: servers of our own, `up`, the demo
+flower_server.py  Flower, closed to the pages of other sites
 migration_progress.py  how far a migration is, on a terminal
 output.py     tables, bars and amounts for the terminal
 app.py        the Celery application
@@ -14,7 +15,9 @@ migration.py  Alembic: the schema brought to another revision
 processes.py  child processes that live and die together
 log.py        the form of a log line
 listening.py  an address to listen on
+hosts.py      the names by which API and Flower may be addressed
 schema_version.py  whether this code can work with the database's schema
 db.py         connections to PostgreSQL
 config.py     every setting
+files.py      files and folders that no other account can have planted
 """

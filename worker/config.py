@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,12 +17,15 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from schema import urls
 from schema.messages import DEFAULT_QUEUE
 from schema.publisher import Publisher
+from worker.files import UntrustedFileError, read_own
 
 #: Where `tokentrail up` keeps its servers' data and writes their addresses (mode 0600).
 HOME = Path(os.environ.get("TOKENTRAIL_HOME") or ".tokentrail")
 
 #: The repository: where `python -m worker.cli` and Celery find our modules, and Alembic its migrations.
 ROOT = Path(__file__).resolve().parent.parent
+#: A name in a request's Host header.
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 
 
 class ConfigError(Exception):
@@ -80,6 +84,11 @@ class Settings(BaseSettings):
         16, description="Rows the global token balance is spread over, so that workers do not wait for one."
     )
     api_host: str = Field("127.0.0.1", description="Address the read endpoint listens on.")
+    allowed_hosts: str | None = Field(
+        None,
+        description="Further host names that API and Flower answer to, separated by commas, such as those that a gateway"
+        " or containers use. IP addresses, localhost and this machine's name are always accepted.",
+    )
     api_port: Annotated[int, Field(ge=1, le=65_535)] = Field(8000, description="Port the read endpoint listens on.")
     flower_port: Annotated[int, Field(ge=1, le=65_535)] = Field(
         5555, description="Port Flower listens on; to `tokentrail flower`, FLOWER_PORT goes before it."
@@ -100,6 +109,14 @@ class Settings(BaseSettings):
             return value
         return value.upper() if info.field_name == "log_level" else value.lower()
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names_only(cls, names: str | None) -> str | None:
+        wrong = [name for name in _listed(names) if not _HOST_NAME.fullmatch(name)]
+        if wrong:
+            raise ValueError(f"must be names separated by commas, without port or *, and {wrong[0]!r} is none")
+        return names
+
     @field_validator("database_url", "broker_url", mode="before")
     @classmethod
     def _without_a_line_break(cls, url: object) -> object:
@@ -118,6 +135,10 @@ class Settings(BaseSettings):
         if url:
             urls.check_broker(url.get_secret_value())
         return url
+
+    def host_names(self) -> list[str]:
+        """The names in `allowed_hosts`."""
+        return _listed(self.allowed_hosts)
 
     def database(self) -> str:
         """PostgreSQL's URL, or ConfigError when there is none."""
@@ -139,16 +160,22 @@ class Settings(BaseSettings):
             raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
 
 
+def _listed(names: str | None) -> list[str]:
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
+
+
 def _missing(what: str, variable: str) -> ConfigError:
     file = HOME / "servers.json"
     try:
-        file.open().close()
-    except PermissionError:
+        read_own(file)
+    except (UntrustedFileError, PermissionError) as error:
+        other = f"{file} belongs to another user's `tokentrail up`"
+        fact = error.fact if isinstance(error, UntrustedFileError) else other
         return ConfigError(
-            f"No {what}: {file} belongs to another user's `tokentrail up`; set {variable}, or start your own servers"
-            " with `tokentrail up` in another folder (TOKENTRAIL_HOME)."
+            f"No {what}: {fact}; set {variable}, or start your own servers with `tokentrail up` in another folder"
+            " (TOKENTRAIL_HOME)."
         )
-    except OSError:
+    except (OSError, ValueError):
         pass
     return ConfigError(f"No {what}: set {variable}, or start the embedded servers with `tokentrail up`.")
 
@@ -172,9 +199,15 @@ def _check_database(url: str) -> None:
 def _running_servers() -> dict[str, Any]:
     """The addresses that a running `tokentrail up` of this folder has written, else nothing."""
     try:
-        found = dict(json.loads((HOME / "servers.json").read_text()))
+        found = dict(json.loads(read_own(HOME / "servers.json")))
         pid = int(found["pid"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours to read
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        UntrustedFileError,
+    ):  # _missing reports it
         return {}
     try:
         os.kill(pid, 0)  # of one that was killed, the addresses are nobody's

@@ -26,7 +26,13 @@ def set_up(settings: Settings) -> None:
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if for_people else "iso", utc=not for_people),
     ]
     rendered: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=on_terminal, pad_event_to=0)]
+        [
+            structlog.dev.ConsoleRenderer(
+                colors=on_terminal,
+                pad_event_to=0,
+                exception_formatter=structlog.dev.plain_traceback,  # rich's shows variables, passwords too
+            )
+        ]
         if for_people
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

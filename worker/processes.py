@@ -17,6 +17,8 @@ import threading
 import time
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from worker.files import open_own
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
@@ -85,7 +87,7 @@ class Child:
         """The last lines that the present process has written to its log."""
         if self._log is None or not self._log.exists():
             return []
-        with self._log.open("rb") as log:
+        with open_own(self._log, "rb") as log:
             log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _MAX_TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-count:]
@@ -118,7 +120,7 @@ class Child:
         if self._log is None:
             yield None
             return
-        with self._log.open("ab") as log:
+        with open_own(self._log, "ab") as log:
             self._log_start = log.tell()
             yield log
 

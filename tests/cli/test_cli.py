@@ -276,6 +276,7 @@ def test_worker_says_when_redis_is_away(tokentrail, books, monkeypatch):
 def test_settings_shows_where_values_come_from_and_no_secret(tokentrail, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:hush@db.example/tokens?sslpassword=hush")
     monkeypatch.setenv("TOKENTRAIL_BATCH_SIZE", "7")
+    (config.HOME / "servers.json").touch(0o600)
     (config.HOME / "servers.json").write_text(
         json.dumps({"broker_url": "redis://:hush@127.0.0.1:1/0", "pid": os.getpid()})
     )

@@ -72,6 +72,11 @@ def expect(said, code, *words):
             "0",
             "TOKENTRAIL_BATCH_SIZE is not usable: Input should be greater than or equal to 1",
         ),
+        (
+            "TOKENTRAIL_ALLOWED_HOSTS",
+            "api, https://ledger.example",
+            "must be names separated by commas, without port or *, and 'https://ledger.example' is none",
+        ),
         ("TOKENTRAIL_TRANSPORT", "magic", "TOKENTRAIL_TRANSPORT is not usable: Input should be 'atomic' or 'stock'"),
         (
             "TOKENTRAIL_LOG_LEVEL",
@@ -397,9 +402,90 @@ def test_addresses_that_are_another_users(tokentrail, servers, tmp_path, monkeyp
         assert tokentrail("settings", **given) == (0, "")
 
 
+def planted(path, how, target):
+    """Put something at `path` that another account may have put there."""
+    if how == "link":
+        path.symlink_to(target)
+    elif how == "pipe":
+        os.mkfifo(path, 0o600)
+    else:
+        path.write_text(target.read_text())
+        path.chmod(0o666 if how == "open" else 0o644)
+        if how == "another's":
+            os.chown(path, 65_534, 65_534)
+
+
+PLANTED = {
+    "link": "{path} is a symbolic link",
+    "pipe": "{path} is not a regular file",
+    "open": "Other users can write to {path}",
+    "another's": "{path} belongs to the user nobody",
+}
+ONLY_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+EACH = [pytest.param(how, marks=ONLY_ROOT) if how == "another's" else how for how in PLANTED]
+
+
+@pytest.mark.parametrize("how", EACH)
+def test_addresses_that_another_may_have_written(tokentrail, servers, tmp_path, monkeypatch, how):
+    monkeypatch.setattr(config, "HOME", tmp_path / "home")
+    file, target = tmp_path / "home" / "servers.json", tmp_path / "target"
+    file.parent.mkdir()
+    target.write_text(json.dumps({"database_url": servers.database_url, "pid": os.getpid()}))
+    planted(file, how, target)
+    fact = PLANTED[how].format(path=file)
+    expect(
+        tokentrail("supply"), 2, f"No database: {fact}; set DATABASE_URL, or start your own servers with `tokentrail"
+    )
+
+
+@pytest.mark.parametrize("how", EACH)
+@pytest.mark.parametrize("name", ["up.lock", "data/password", "data/valkey.lock", "data/logs/guard.log"])
+def test_file_of_up_that_another_may_have_planted(tmp_path, name, how):
+    target, path = tmp_path / "target", tmp_path / "home" / name
+    target.write_text("precious")
+    path.parent.mkdir(mode=0o700, parents=True)
+    for folder in path.parents[: -len(tmp_path.parts)]:
+        folder.chmod(0o700)
+    planted(path, how, target)
+    before = target.stat()
+    code, said = ended("up", environment={"TOKENTRAIL_HOME": str(tmp_path / "home")})
+    if how == "pipe" and "(No such device or address)" in said:
+        return  # one cannot open it for writing without a reader
+    expect(
+        (code, said), 1, f"{PLANTED[how].format(path=path)}: remove it, because another user may have planted it, or"
+    )
+    assert (target.read_text(), target.stat().st_mtime_ns) == ("precious", before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("how", ["open", pytest.param("another's", marks=ONLY_ROOT)])
+@pytest.mark.parametrize("name", [".", "data"])
+def test_folder_of_up_that_others_can_write_in(tmp_path, name, how):
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    home.chmod(0o755)
+    folder = home / name
+    folder.chmod(0o775 if how == "open" else 0o755)
+    if how == "another's":
+        os.chown(folder, 65_534, 65_534)
+    fact = f"Other users can write in {folder}: check" if how == "open" else f"{folder} belongs to the user nobody:"
+    expect(ended("up", environment={"TOKENTRAIL_HOME": str(home)}), 1, fact, "folder", "(TOKENTRAIL_HOME).")
+
+
+@ONLY_ROOT
+def test_folder_of_up_that_is_anothers_link(tmp_path):
+    """To a folder of ours: whoever made it chose where our data goes."""
+    (tmp_path / "ours").mkdir(mode=0o700)
+    home = tmp_path / "home"
+    home.symlink_to("ours")
+    os.lchown(home, 65_534, 65_534)
+    expect(ended("up", environment={"TOKENTRAIL_HOME": str(home)}), 1, f"{home} belongs to the user nobody: choose ")
+    assert list((tmp_path / "ours").iterdir()) == []
+
+
 def test_worker_uses_the_servers_of_the_folder_it_is_started_in(database_url, broker_url, tmp_path):
     """An empty TOKENTRAIL_HOME is none. Celery runs in our own folder, where .tokentrail would be another."""
     (tmp_path / ".tokentrail").mkdir()
+    (tmp_path / ".tokentrail" / "servers.json").touch(0o600)
     addresses = {"database_url": database_url, "broker_url": broker_url, "pid": os.getpid()}
     (tmp_path / ".tokentrail" / "servers.json").write_text(json.dumps(addresses))
     worker = subprocess.Popen(

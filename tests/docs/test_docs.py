@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 from schema.events import Accrual, Burn, event_json
 from schema.messages import APPLY_MANY
 from tests.kit.servers import free_port
+from tests.kit.stage import LISTED
 from tests.kit.wait import eventually
 from worker.cli import app as cli
 from worker.cli.examples import EXAMPLES, EXIT_CODES
@@ -472,8 +473,8 @@ def test_flower_says_what_the_readme_says_it_says(system):
     )
 
     def shown():
-        with opener().open(f"{system.addresses['flower_url']}/api/tasks?limit=20000", timeout=10) as answer:
-            tasks = json.load(answer).values()
+        with opener().open(system.addresses["flower_url"] + LISTED, timeout=10) as answer:
+            tasks = json.load(answer)["data"]
         return {(each["name"], each["result"]) for each in tasks if "alice" in (each["kwargs"] or "")}
 
     eventually(lambda: (said[1], said[3]) in shown())

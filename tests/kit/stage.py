@@ -20,6 +20,9 @@ from worker.cli.worker import CELERY
 from worker.config import ROOT
 from worker.ledger.invariants import check
 
+#: What Flower's own page asks for: every task that it has heard of, as JSON.
+LISTED = "/tasks/datatable?draw=1&start=0&length=20000&order[0][column]=0&columns[0][data]=name&order[0][dir]=asc"
+
 
 class Stage:
     """One test's database, broker and workers."""

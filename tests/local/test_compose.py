@@ -95,6 +95,11 @@ def test_what_is_published_is_for_this_machine_only_and_its_port_can_be_chosen()
     assert chosen == ["127.0.0.1:1:6379", "127.0.0.1:2:8000", "127.0.0.1:3:5555"]
 
 
+def test_other_containers_ask_api_and_flower_by_their_names():
+    for name in ("api", "flower"):
+        assert compose(SECRETS)[name]["environment"]["TOKENTRAIL_ALLOWED_HOSTS"] == name
+
+
 def test_services_wait_for_what_they_need_and_come_back_after_a_crash():
     services = compose(SECRETS)
     after_migration = {
@@ -230,7 +235,8 @@ def postgres(server_folder, monkeypatch):
     """PostgreSQL as the image of that name sets it up: a role and a database of the environment's names."""
     wanted = compose(SECRETS)["postgres"]["environment"]
     assert wanted["POSTGRES_USER"] == wanted["POSTGRES_DB"] == "tokentrail"
-    server_folder.mkdir()
+    server_folder.mkdir(mode=0o755)
+    (server_folder / "password").touch(0o600)
     (server_folder / "password").write_text(wanted["POSTGRES_PASSWORD"])
     server = PostgresServer(server_folder, durable=False)
     server.start()

@@ -138,6 +138,19 @@ def test_servers_require_their_password_and_show_it_to_nobody():
             assert password.read_text() not in " ".join(psutil.Process(pid).cmdline())
 
 
+def test_servers_get_nothing_of_our_environment(monkeypatch):
+    """As root PostgreSQL runs as nobody, and every other process of nobody can read its environment."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hush@db.example/tokens")
+    monkeypatch.setenv("SOMETHING", "hush")
+    monkeypatch.setenv("TZ", "UTC")
+    with embedded.servers() as running:
+        postgres, valkey = (Path(f"/proc/{pid}/environ").read_bytes() for pid in running.pids[1:])
+    assert b"hush" not in postgres + valkey  # Valkey overwrites its environment with its title
+    variables = dict(entry.split(b"=", 1) for entry in postgres.split(b"\0") if entry)
+    assert variables.keys() <= {b"PATH", b"LC_ALL", b"TZ", b"LD_LIBRARY_PATH"}
+    assert (variables[b"LC_ALL"], variables[b"TZ"]) == (b"C", b"UTC")
+
+
 def test_a_killed_program_leaves_no_server_and_no_folder(start_program):
     program, processes, logs = start_program()
     program.send_signal(signal.SIGKILL)
@@ -196,7 +209,7 @@ def test_a_server_that_ends_is_reported_ends_the_other_and_its_log_is_kept(victi
 def test_a_server_that_does_not_answer_in_time_is_stopped_and_reported(server_folder, monkeypatch):
     monkeypatch.setattr(process, "START_SECONDS", 0)
     monkeypatch.setenv("TOKENTRAIL_VALKEY_SERVER", str(server_folder / "valkey-server"))
-    server_folder.mkdir()
+    server_folder.mkdir(mode=0o755)
     (server_folder / "valkey-server").write_text("#!/bin/sh\necho Reading RDB file; exec sleep 600\n")
     (server_folder / "valkey-server").chmod(0o755)
     server = ValkeyServer(server_folder)
@@ -237,7 +250,7 @@ def test_a_folder_in_use_is_refused_until_its_user_is_killed(server_folder, star
 )
 def test_a_server_that_does_not_start_is_reported_and_its_log_is_kept(server_folder, monkeypatch, variable, server):
     broken = "#!/bin/sh\ncase $1 in --version) echo 18.0;; *) echo it is broken >&2; exit 3;; esac\n"
-    server_folder.mkdir()
+    server_folder.mkdir(mode=0o755)
     for name in ("initdb", "postgres", "valkey-server"):
         (server_folder / name).write_text(broken)
         (server_folder / name).chmod(0o755)
@@ -285,7 +298,7 @@ NO_PROGRAMS = {
 def test_a_program_that_cannot_run_is_refused_with_the_setting_that_names_it(monkeypatch, server_folder, setting, name):
     content, mode, reason = NO_PROGRAMS[name]
     of_valkey = setting == "TOKENTRAIL_VALKEY_SERVER"
-    server_folder.mkdir()
+    server_folder.mkdir(mode=0o755)
     monkeypatch.setenv(setting, str(server_folder / "valkey-server" if of_valkey else server_folder))
     for program in ("initdb", "postgres", "valkey-server") if content is not None else ():
         (server_folder / program).write_bytes(content)

@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 from tests.kit.servers import free_port
+from tests.kit.stage import LISTED
 from tests.kit.wait import PATIENCE, eventually
 from worker.local.up import Service, UpError
 from worker.processes import Child, Family
@@ -116,7 +117,14 @@ def test_up_runs_everything_and_leaves_nothing_running(tokentrail, tmp_path):
     shown = tokentrail("history", "alice")
     assert shown.wait() == 0
     assert "+1.5" in shown.printed
-    eventually(lambda: "tokens.accrue" in get(f"{urls['flower_url']}/api/tasks"))
+    eventually(lambda: "tokens.accrue" in get(urls["flower_url"] + LISTED))
+    with pytest.raises(HTTPError, match="401"):  # no page that an operator visits can send tasks
+        get(f"{urls['flower_url']}/api/tasks")
+
+    # Only this user can read or write the files.
+    data = tmp_path / "data"
+    files = [tmp_path / "up.lock", data / "password", *data.glob("*.lock"), *(data / "logs").iterdir()]
+    assert [oct(file.stat().st_mode & 0o777) for file in files] == 7 * ["0o600"], files
 
     # A second `up` of this folder does not start.
     second = tokentrail("up")
@@ -143,22 +151,16 @@ def test_up_runs_everything_and_leaves_nothing_running(tokentrail, tmp_path):
     assert not addresses.exists()
 
 
-def test_a_killed_up_ends_all_its_processes_and_the_data_is_kept(tokentrail, tmp_path, monkeypatch):
+def test_a_killed_up_ends_all_its_processes_and_the_data_is_kept(tokentrail, tmp_path):
     def records():
         url = json.loads((tmp_path / "servers.json").read_text())["api_url"]
         return json.loads(get(f"{url}/api/account/transaction-history?userId=alice"))["pagination"]["total"]
 
-    monkeypatch.setenv("FLOWER_UNAUTHENTICATED_API", "false")
     up = tokentrail("up")
     up.wait_for("tokentrail is running")
     publish = tokentrail("publish", "--type", "accrual", "--user", "alice", "--amount", "1", "--source", "shop")
     assert publish.wait() == 0
     eventually(lambda: records() == 1)
-
-    # Flower's API is as closed as the operator wants it.
-    flower_url = json.loads((tmp_path / "servers.json").read_text())["flower_url"]
-    with pytest.raises(HTTPError, match="401"):
-        get(f"{flower_url}/api/tasks")
 
     descendants = up.descendants()
     up.process.kill()
@@ -255,13 +257,13 @@ def test_a_service_that_does_not_answer_in_time_stops_everything(tmp_path):
 
 
 @pytest.mark.usefixtures("set_servers")
-def test_flowers_api_stays_closed_where_the_servers_are_not_ups_own(tokentrail):
-    def flowers():
-        return [each for each in up.descendants() if "--logging=error" in each.cmdline()]
-
-    up = tokentrail("up")
-    eventually(flowers)
-    assert "FLOWER_UNAUTHENTICATED_API" not in flowers()[0].environ()
+def test_up_makes_a_folder_that_only_its_user_can_write_in_whatever_the_umask(tmp_path):
+    code = "import os; os.umask(0); from worker.cli import main; main()"
+    environment = {**os.environ, "TOKENTRAIL_HOME": str(tmp_path / "new"), "TOKENTRAIL_API_HOST": "192.0.2.1"}
+    ended = subprocess.run([sys.executable, "-c", code, "up"], env=environment, capture_output=True, check=False)
+    assert b"Cannot listen on port" in ended.stderr, "it has to end soon"
+    assert (tmp_path / "new").stat().st_mode & 0o022 == 0
+    assert (tmp_path / "new" / "up.lock").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_child_that_cannot_be_restarted_is_tried_later_and_its_siblings_live(tmp_path):

@@ -511,6 +511,74 @@ def test_api_has_connections_that_cannot_write(database_url):
 # The server
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "127.0.0.1:8000",
+        "192.0.2.7",
+        "[::1]",
+        "[2001:db8::1]:8000",
+        "localhost",
+        "LocalHost.:8000",
+        "tokentrail.localhost:8000",
+        socket.gethostname(),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/healthz", "/nowhere"])
+def test_api_is_asked_by_address_or_by_a_name_of_its_own(client_without_database, host, path):
+    answer = client_without_database.get(path, headers={"Host": host})
+    assert answer.status_code == (404 if path == "/nowhere" else 200), answer.text
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:8000",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "evil-localhost",
+        "127.0.0.1@evil.example",
+        "[evil.example]",
+        "::1",
+        "localhost:8000:x",
+        "",
+        "xn--" + 200 * "x",
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/openapi.json", f"{HISTORY}?userId=u", "/nowhere"])
+def test_api_answers_no_page_whose_name_is_made_to_point_here(client_without_database, host, path):
+    answer = client_without_database.get(path, headers={"Host": host})
+    found = assert_problem(client_without_database, answer, 421)
+    assert "TOKENTRAIL_ALLOWED_HOSTS" in found["detail"]
+
+
+def test_api_is_asked_by_the_names_that_the_setting_lists_and_the_one_it_listens_on(database_url, monkeypatch):
+    monkeypatch.setenv("TOKENTRAIL_ALLOWED_HOSTS", " ledger.example,API. ")
+    monkeypatch.setenv("TOKENTRAIL_API_HOST", "me")
+    with running(database_url) as client:
+        for host, status in {"ledger.example:80": 200, "api": 200, "me": 200, "other.example": 421}.items():
+            assert client.get("/readyz", headers={"Host": host}).status_code == status, host
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /healthz HTTP/1.0\r\n\r\n", b"200"),  # a balancer's probe: every browser says whom it asks
+        (b"GET /healthz HTTP/1.0\r\nHost: evil.example\r\n\r\n", b"421"),
+        (b"GET /healthz HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n", b"400"),
+        (b"GET http://evil.example/healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"421"),
+    ],
+)
+def test_api_is_asked_by_one_name(client_without_database, request_, status):
+    address = client_without_database.base_url.host, client_without_database.base_url.port
+    with socket.create_connection(address, timeout=10) as line:
+        line.sendall(request_)
+        assert line.recv(4096).split()[1] == status
+
+
 SERVE = """
 import sys
 from pydantic import SecretStr

@@ -38,6 +38,7 @@ app = typer.Typer(
     help="Applies token accruals and burns from Redis to PostgreSQL, with an audit trail that can be proved.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,  # should it be enabled one day: a variable may hold a password
 )
 app.command()(up.up)
 app.command()(demo.demo)

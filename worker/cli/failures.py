@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from schema.publisher import PublishError
 from schema.text import one_line_error
 from worker.config import HOME, ConfigError
+from worker.files import UntrustedFileError
 from worker.local.demo import DemoError
 from worker.local.embedded import EmbeddedError
 from worker.local.up import UpError
@@ -62,7 +63,7 @@ _OF_POSTGRESQL: Final = {
 _OTHERWISE: Final = "its log has the statement and more, so mend what that names, and try again"
 
 #: Their messages are sentences already.
-_TOLD = (PublishError, EmbeddedError, DemoError, SchemaError, UpError, NotReady)
+_TOLD = (PublishError, EmbeddedError, DemoError, SchemaError, UpError, NotReady, UntrustedFileError)
 
 
 def explain(error: Exception) -> tuple[str | None, int]:

@@ -13,7 +13,6 @@ from worker.config import HOME, ROOT, load_settings
 from worker.listening import CannotListen, listen
 from worker.readiness import NotReady
 
-_CELERY: Final = ("celery", "-A", "worker.app", "flower")
 #: Of its list of tasks: each with what became of it.
 _COLUMNS: Final = "name,state,kwargs,result,received,runtime,worker,uuid"
 _PORTS: Final = range(1, 65_536)
@@ -50,7 +49,7 @@ def flower(
             listen(host, port).close()
         except CannotListen as error:
             raise NotReady(str(error)) from error
-    command = [sys.executable, "-m", *_CELERY, *(more or ()), f"--address={host}", f"--port={port}"]
+    command = [sys.executable, "-m", "worker.flower_server", *(more or ()), f"--address={host}", f"--port={port}"]
     # As a worker's: Celery finds its settings in ROOT.
     environment = {"FLOWER_TASKS_COLUMNS": _COLUMNS, **os.environ, "TOKENTRAIL_HOME": str(HOME.absolute())}
     os.chdir(ROOT)

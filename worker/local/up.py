@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.text import Text
 
 from worker.config import HOME, ROOT, load_settings
+from worker.files import UntrustedFileError, open_own, read_own
 from worker.listening import CannotListen, listen
-from worker.local.embedded import EmbeddedError, servers
+from worker.local.embedded import EmbeddedError, make_folder, servers
 from worker.migration import deploy
 from worker.migration_progress import migrating
 from worker.output import console
@@ -53,9 +54,9 @@ class UpError(Exception):
 def up(*, with_demo: bool) -> None:
     """Run everything until SIGINT, SIGTERM or SIGHUP; then stop worker, API, Flower and servers, in this order.
 
-    Raises UpError, EmbeddedError, ConfigError or NotReady; nothing is left running then.
+    Raises UpError, EmbeddedError, ConfigError, NotReady or UntrustedFileError; nothing is left running then.
     """
-    HOME.mkdir(parents=True, exist_ok=True)
+    make_folder(HOME)
     family = Family()
     with _only_one(), family.signals(), contextlib.ExitStack() as stack:
         stack.callback(_remove_addresses)
@@ -213,7 +214,6 @@ class _System:
 
     def _start_children(self) -> None:
         self._environment = {
-            **self._open_api(),
             **os.environ,
             "DATABASE_URL": str(self._addresses["database_url"]),
             "BROKER_URL": str(self._addresses["broker_url"]),
@@ -227,14 +227,6 @@ class _System:
         self._write_addresses()
         for arguments in (["worker", "--name", "worker"], self._api.arguments, self._flower.arguments):
             self._family.add(self._child(arguments, on_line=self._screen.child_line))
-
-    def _open_api(self) -> dict[str, str]:
-        """Flower's API asks for no password where only servers of our own are behind it.
-
-        Loopback keeps out other machines and not the browser of this one: any page in it could have tasks sent.
-        """
-        given = self._settings.database_url or self._settings.broker_url
-        return {} if given else {"FLOWER_UNAUTHENTICATED_API": "true"}
 
     def _child(self, arguments: Sequence[str], on_line: Callable[[str, str], None] | None = None) -> Child:
         return Child(arguments[0], _command(arguments), env=self._environment, cwd=ROOT, on_line=on_line)
@@ -321,7 +313,7 @@ def _command(arguments: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def _only_one() -> Iterator[None]:
     """Keep another `up` out of this folder. The lock ends with this process, however that ends."""
-    with (HOME / "up.lock").open("w") as lock:
+    with open_own(HOME / "up.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -331,8 +323,8 @@ def _only_one() -> Iterator[None]:
 
 def _other_up() -> str:
     try:
-        other: dict[str, Any] = json.loads(_addresses_file().read_text())
-    except (OSError, ValueError):
+        other: dict[str, Any] = json.loads(read_own(_addresses_file()))
+    except (OSError, ValueError, UntrustedFileError):
         return f"Another `tokentrail up` is starting in {Path.cwd()}."
     return (
         f"`tokentrail up` already runs in this folder (process {other['pid']}), with its API at {other['api_url']} and"
@@ -348,8 +340,9 @@ def _write_addresses(addresses: dict[str, object]) -> None:
     """Write the URLs for other commands in this folder, readable only by this user: they contain passwords."""
     draft = HOME / f"servers.json.{os.getpid()}"
     try:
-        draft.touch(mode=0o600)
-        draft.write_text(json.dumps(addresses))
+        draft.unlink(missing_ok=True)  # left by a killed process with the same pid
+        with open_own(draft, "x") as file:
+            file.write(json.dumps(addresses))
         draft.replace(_addresses_file())
     except OSError as error:
         draft.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from schema.responses import (
 )
 from worker import db, schema_version
 from worker.config import Settings
+from worker.hosts import Hosts
 from worker.listening import listen
 
 from . import problems
@@ -52,8 +53,11 @@ LONGEST_HEAD: Final = MAX_KEYS * (200 * 12 + len("idempotencyKey=&")) + 16 * 102
 GRACE: Final = MAX_WAIT + 5
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application. Raises ConfigError when no database is set; a database that is away is no reason to fail."""
+def create_app(settings: Settings, host: str | None = None) -> FastAPI:
+    """The application, which may be asked by the name `host` that it listens on.
+
+    Raises ConfigError when no database is set; a database that is away is no reason to fail.
+    """
     url = settings.database()
     database = Database(url)
 
@@ -73,7 +77,7 @@ def create_app(settings: Settings) -> FastAPI:
         separate_input_output_schemas=False,
     )
     problems.install(app)
-    app.add_middleware(Edge)
+    app.add_middleware(Edge, hosts=Hosts([host or settings.api_host, *settings.host_names()]))
 
     @app.get(
         problems.HISTORY,
@@ -143,7 +147,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
 
     Raises CannotListen when the address is not to be had, ConfigError when no database is set.
     """
-    app = create_app(settings)
+    app = create_app(settings, host)
     # The pool speaks of every attempt to connect; we speak of every outage, once.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
     with listen(host, port) as line:

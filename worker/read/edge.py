@@ -1,11 +1,15 @@
-"""What every answer has in common, whatever it says: headers, HEAD, and a sentence where a traceback would be."""
+"""What every answer has in common: by which name it was asked for, headers, HEAD, a sentence instead of a traceback."""
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 import structlog
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from worker.hosts import Hosts, refusal
 
 from .problems import problem
 
@@ -13,13 +17,14 @@ log = structlog.get_logger(__name__)
 
 
 class Edge:
-    """The application's outermost layer: no exception passes it.
+    """The application's outermost layer: no exception passes it, and no request by a name that is not ours.
 
     HEAD is answered like GET, and the server leaves the body out. A history is nobody's to cache: it grows.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
         self._app = app
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,6 +41,13 @@ class Edge:
                 headers["Cache-Control"] = "no-store"
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
+
+        # HTTP/1.0 has none; of HTTP/1.1, which no browser is below, the server has refused what has not exactly one.
+        host = Headers(scope=scope).get("host")
+        if host is not None and not self._hosts.accept(host):
+            misdirected = problem(Request(scope), HTTPStatus.MISDIRECTED_REQUEST, refusal(host))
+            await misdirected(scope, receive, send_with_headers)
+            return
 
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from worker.config import ROOT
+from worker.files import open_own
 from worker.local.embedded.binaries import postgres_folder, valkey_program
 from worker.local.embedded.postgres import PostgresServer
 from worker.local.embedded.process import FOLDER_MODE, LOGS, EmbeddedError, make_folder
@@ -34,7 +35,7 @@ from worker.local.embedded.valkey import ValkeyServer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["EmbeddedError", "PostgresServer", "Servers", "ValkeyServer", "discard", "servers"]
+__all__ = ["EmbeddedError", "PostgresServer", "Servers", "ValkeyServer", "discard", "make_folder", "servers"]
 
 #: Seconds the guard may take to stop both servers; then it is killed, and they end with it.
 STOP_SECONDS: Final = 60
@@ -62,8 +63,8 @@ def servers(data: Path | None = None, *, durable: bool | None = None) -> Iterato
 
     Without `data` their data is thrown away afterwards and, unless `durable`, never synced to disk. With `data` it is
     kept in that folder, and what they have acknowledged survives any crash. Each start chooses new ports. Raises
-    EmbeddedError when a server does not start or another process uses `data`, OSError when the operating system
-    refuses something.
+    EmbeddedError when a server does not start or another process uses `data`, UntrustedFileError when other
+    users can write there, OSError when the operating system refuses something.
     """
     postgres_folder()  # checked first: a missing program must not leave a folder of empty logs behind
     valkey_program()
@@ -100,7 +101,7 @@ def _start_guard(folder: Path, *, throw_away: bool, durable: bool | None) -> sub
         command.append("--throw-away")
     if durable if durable is not None else not throw_away:
         command.append("--durable")
-    with (logs / "guard.log").open("w") as log:
+    with open_own(logs / "guard.log", "w") as log:
         return subprocess.Popen(  # noqa: S603 - our own module
             command,
             stdin=subprocess.PIPE,  # never written to: the guard stops when it closes

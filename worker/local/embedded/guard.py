@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from worker.config import ConfigError
+from worker.files import UntrustedFileError
 from worker.local.embedded.postgres import PostgresServer
 from worker.local.embedded.process import EmbeddedError
 from worker.local.embedded.unprivileged import discard
@@ -41,7 +42,7 @@ def guard(folder: Path, program: int, *, durable: bool, throw_away: bool) -> Non
         _report({"database_url": postgres.url, "broker_url": valkey.url, "pids": pids})
         _watch(program, [postgres, valkey])
         failed = False
-    except (ConfigError, EmbeddedError) as error:
+    except (ConfigError, EmbeddedError, UntrustedFileError) as error:
         _report({"error": str(error)})
     except OSError as error:  # the program raises it again, and says what it says of any OSError
         _report({"error": str(error), "errno": error.errno, "path": error.filename or str(folder)})

@@ -14,8 +14,9 @@ from typing import ClassVar, Final, Literal
 import psycopg
 from psycopg import sql
 
+from worker.files import open_own
 from worker.local.embedded import binaries, unprivileged
-from worker.local.embedded.process import EmbeddedError, ServerProcess, cannot_run, password
+from worker.local.embedded.process import EmbeddedError, ServerProcess, cannot_run, environment, password
 
 NAME: Final = "tokentrail"  # of the superuser and of the database
 
@@ -104,8 +105,8 @@ class PostgresServer(ServerProcess):
         account.own(draft)
         password_file = cluster.with_name("initial-password")
         password_file.unlink(missing_ok=True)
-        password_file.touch(0o600)
-        password_file.write_text(password(self.folder))
+        with open_own(password_file, "x") as file:
+            file.write(password(self.folder))
         account.own(password_file)
         locale = ["--no-locale", "--encoding=UTF8"]
         if major >= BUILTIN_LOCALE_SINCE:
@@ -138,7 +139,7 @@ def _major_version(programs: Path) -> int:
     program = programs / "postgres"
     try:
         answer = subprocess.run(  # noqa: S603 - the operator's choice, or the wheel's
-            [program, "--version"], capture_output=True, text=True, errors="replace", check=False
+            [program, "--version"], env=environment(), capture_output=True, text=True, errors="replace", check=False
         )
     except OSError as error:
         raise cannot_run(program, error.strerror, PostgresServer.setting) from None

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Final
 
+from worker.files import make_own_folder, open_own, read_own
 from worker.processes import Child, exit_text
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ START_SECONDS = 60.0
 RETRY_SECONDS: Final = 10.0
 #: These go away: the port was taken after it was chosen, or a killed PostgreSQL has not quite ended.
 TRANSIENT_ERRORS: Final = ("Address already in use", "pre-existing shared memory", 'postmaster.pid" already exists')
+
+#: Variables of our environment that the servers get: paths of programs and libraries, and the time zone.
+_PASSED_ON: Final = ("PATH", "LD_LIBRARY_PATH", "TZ")
 
 _OTHER_SERVERS: Final = "set DATABASE_URL and BROKER_URL to other servers"
 
@@ -138,7 +142,7 @@ class ServerProcess(ABC):
         child = Child(
             self.title,
             command,
-            env=_environment(),
+            env=environment(),
             cwd=self._working_folder(),
             log=self.log,
             death_signal=signal.SIGINT,
@@ -177,8 +181,7 @@ class ServerProcess(ABC):
     def _take_lock(self) -> None:
         if self._lock is not None:
             return
-        path = self.folder / f"{self.name}.lock"
-        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+        lock = open_own(self.folder / f"{self.name}.lock", "a+")
         deadline = time.monotonic() + RETRY_SECONDS
         while True:
             try:
@@ -208,12 +211,8 @@ class ServerProcess(ABC):
 
 
 def make_folder(folder: Path) -> None:
-    """Make a server's folder, whatever the umask; a folder that exists is not changed."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return
-    folder.chmod(FOLDER_MODE)
+    """Make a server's folder. Raises UntrustedFileError for a folder that exists and that others can change."""
+    make_own_folder(folder, FOLDER_MODE)
 
 
 def free_port() -> int:
@@ -228,21 +227,24 @@ def password(folder: Path) -> str:
     path = folder / "password"
     if not path.exists():
         draft = folder / f"password.{os.getpid()}.{secrets.token_hex(4)}"
-        draft.touch(0o600)
         try:
-            draft.write_text(secrets.token_hex(16))
+            with open_own(draft, "x") as file:
+                file.write(secrets.token_hex(16))
             os.link(draft, path)  # atomic, and fails if there is one: two servers may start at once
         except FileExistsError:
             pass
         finally:
             draft.unlink()
-    return path.read_text()
+    return read_own(path)
 
 
-def _environment() -> dict[str, str]:
-    """Ours without variables that change how a server behaves (PG…) or the language of its messages."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
-    return ours | {"LC_ALL": "C"}
+def environment() -> dict[str, str]:
+    """The little of our environment that servers get.
+
+    A server may run as `nobody`, whose other processes could read our passwords there; and variables that are meant
+    for other servers (PG…) would change what it does.
+    """
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {"LC_ALL": "C"}
 
 
 def _is_alive(pid: int) -> bool:
