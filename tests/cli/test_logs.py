@@ -67,7 +67,7 @@ def test_each_warning_and_error_is_met_by_a_test():
 FAILING = """
 import logging, os, sys
 from worker import log
-from worker.config import settings
+from worker.config import load_settings
 
 def fail():
     database_url = os.environ["DATABASE_URL"]
@@ -78,15 +78,15 @@ def fail():
 PROGRAMS = {
     "the command line": "from worker.cli import app, main\napp.command('fail')(fail)\nsys.argv[1:] = ['fail']\nmain()",
     "a worker": (
-        "log.set_up(settings())\ntry:\n    fail()\nexcept RuntimeError:\n"
+        "log.set_up(load_settings())\ntry:\n    fail()\nexcept RuntimeError:\n"
         "    logging.getLogger('celery.worker').exception('Unrecoverable error')"
     ),
     "the API": (
         "import threading, urllib.error, urllib.request, uvicorn\n"
         "from worker.listening import listen\n"
         "from worker.read.api import create_app\n"
-        "log.set_up(settings())\n"
-        "app = create_app(settings())\n"
+        "log.set_up(load_settings())\n"
+        "app = create_app(load_settings())\n"
         "app.get('/fail')(fail)\n"
         "server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan='on'))\n"
         "line = listen('127.0.0.1', 0)\n"

@@ -105,7 +105,7 @@ def test_up_runs_everything_and_leaves_nothing_running(tokentrail, tmp_path):
     assert addresses.stat().st_mode & 0o777 == 0o600  # it holds passwords
     urls = json.loads(addresses.read_text())
     assert urls["api_url"] in up.printed
-    assert urls["flower_url"] in up.printed
+    up.wait_for(urls["flower_url"])
     assert get(f"{urls['api_url']}/healthz") == '{"status":"ok"}'
     assert "Flower" in get(urls["flower_url"])
 
