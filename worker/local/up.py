@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.text import Text
 
 from worker.config import HOME, ROOT, load_settings
+from worker.errors import TokentrailError
 from worker.listening import CannotListen, listen
 from worker.local.embedded import EmbeddedError, servers
 from worker.migration import deploy
@@ -46,7 +47,7 @@ _ERRORS_ONLY: Final = ("--", "--logging=error")
 _COLOURS: Final = {"up": "bold", "worker": "green", "api": "cyan", "flower": "magenta", "demo": ""}
 
 
-class UpError(Exception):
+class UpError(TokentrailError):
     """`up` cannot start or go on; the message says why."""
 
 

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Final
 
+from worker.errors import TokentrailError
 from worker.processes import Child, exit_text
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ TRANSIENT_ERRORS: Final = ("Address already in use", "pre-existing shared memory
 _OTHER_SERVERS: Final = "set DATABASE_URL and BROKER_URL to other servers"
 
 
-class EmbeddedError(Exception):
+class EmbeddedError(TokentrailError):
     """An embedded server cannot run; the message says why, what to do, and where its log is."""
 
 

@@ -1,4 +1,4 @@
-"""What every answer has in common, whatever it says: headers, HEAD, and a sentence where a traceback would be."""
+"""What all responses have in common: headers, HEAD, and a sentence where a traceback would be."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .problems import problem
 log = structlog.get_logger(__name__)
 
 
-class Edge:
-    """The application's outermost layer: no exception passes it.
+class OuterMiddleware:
+    """The outermost layer of the application: no exception passes it.
 
-    HEAD is answered like GET, and the server leaves the body out. A history is nobody's to cache: it grows.
+    HEAD is answered like GET, and the server omits the body. No cache may keep a response, for a history grows.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -26,12 +26,12 @@ class Edge:
             await self._app(scope, receive, send)
             return
 
-        begun = False
+        started = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal begun
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 headers = MutableHeaders(scope=message)
                 headers["Cache-Control"] = "no-store"
                 headers["X-Content-Type-Options"] = "nosniff"
@@ -41,8 +41,8 @@ class Edge:
         try:
             await self._app(inner, receive, send_with_headers)
         except Exception:
-            log.exception("a request failed by a fault of ours", path=scope["path"])
-            if begun:
-                raise  # too late for a sentence: the server cuts the connection
-            failed = problem(Request(scope), 500, "Something is wrong on our side; it has been logged.")
-            await failed(scope, receive, send_with_headers)
+            log.exception("request failed, this is a bug", path=scope["path"])
+            if started:
+                raise  # too late for a sentence: the server closes the connection
+            response = problem(Request(scope), 500, "Internal error; it has been logged.")
+            await response(scope, receive, send_with_headers)
