@@ -22,7 +22,7 @@ from tests.kit.events import accrual, burn
 from tests.kit.messages import PRIORITY_STEPS, key
 from tests.kit.stage import Stage
 from tests.kit.wait import eventually
-from worker.read.database import read_once
+from worker.read.connection import read_once
 from worker.read.pages import RECORDS, read_page
 
 from . import hostile

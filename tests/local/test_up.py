@@ -21,7 +21,7 @@ from tests.kit.servers import free_port
 from tests.kit.wait import PATIENCE, eventually
 from worker.local.up import Service, UpError
 from worker.processes import Child, Family
-from worker.read.database import read_once
+from worker.read.connection import read_once
 from worker.read.supply import read_supply
 
 

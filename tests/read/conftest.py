@@ -17,7 +17,7 @@ from worker.ledger.deliveries import Delivery
 from worker.ledger.settle import Ledger
 from worker.listening import listen
 from worker.read.api import create_app
-from worker.read.database import read_once
+from worker.read.connection import read_once
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 
 from schema.canonical import read_json
 from tests.kit.events import accrual, burn
-from worker.read.database import SESSION
+from worker.read.connection import SESSION
 from worker.read.pages import RECORDS, REJECTIONS, read_page
 from worker.read.supply import read_supply
 

@@ -12,7 +12,7 @@ from tests.kit.events import accrual, burn
 from tests.read.test_api import assert_problem, schema_of
 from worker.ledger.dead_letters import NewDeadLetter
 from worker.ledger.deliveries import Origin
-from worker.read.database import SESSION
+from worker.read.connection import SESSION
 from worker.read.pages import REJECTIONS
 from worker.read.receipts import APPLIED, DEAD_LETTERED, REJECTED
 

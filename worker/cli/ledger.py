@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from worker.config import load_settings
-from worker.read.database import read_once
+from worker.read.connection import read_once
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

@@ -7,5 +7,6 @@ supply.py      how many tokens there are
 health.py      /healthz and /readyz
 problems.py    every error response of the API, as a sentence
 middleware.py  what all responses have in common
-database.py    connections for reading, each answer in bounded time
+connection.py  connections for readers, and a single read with one of its own
+database.py    the API's pool of connections, each read in bounded time
 """

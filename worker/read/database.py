@@ -1,4 +1,4 @@
-"""PostgreSQL for readers: a pool that survives outages and answers in bounded time, and single reads."""
+"""The API's pool of connections: it survives outages, and every read ends in bounded time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any, Final, Self, TypeVar
 
 import structlog
 from psycopg import AsyncConnection, InterfaceError, OperationalError
-from psycopg.errors import UndefinedColumn, UndefinedTable
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from worker.schema_version import SchemaError, refuse_old_server
+from .connection import OPTIONS, READ_TIMEOUT, SESSION, schema_errors
 
 log = structlog.get_logger(__name__)
 
@@ -22,57 +21,11 @@ T = TypeVar("T")
 
 MAX_CONNECTIONS: Final = 10  # a page takes one for about a millisecond
 CONNECTION_TIMEOUT: Final = 2.0  # seconds that a request waits for a connection
-READ_TIMEOUT: Final = 5.0  # seconds that its statements may take
 RECONNECT_SECONDS: Final = 2.0  # after which the pool replaces a lost connection; a request tries at once
-
-#: Every statement finds rows by key. Without statistics the planner may prefer to read a whole table; here it must
-#: not. Read-only is a second safeguard: no statement of the read side writes.
-SESSION: Final = f"""
-    SET default_transaction_read_only = on;
-    SET timezone = 'UTC';
-    SET statement_timeout = '{READ_TIMEOUT * 1000:.0f}ms';
-    SET client_connection_check_interval = '2s';
-    SET enable_seqscan = off;
-    SET enable_bitmapscan = off;
-    SET enable_hashjoin = off;
-    SET enable_mergejoin = off
-"""
-
-OPTIONS: Final[dict[str, Any]] = {
-    "autocommit": True,
-    "connect_timeout": int(READ_TIMEOUT),
-    "tcp_user_timeout": 15_000,  # ms; a silent peer counts as dead after this
-    "keepalives_idle": 5,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "prepare_threshold": None,  # plan for the table as it is now, not as it was when the connection was opened
-}
 
 
 class DatabaseUnavailable(Exception):
     """PostgreSQL is unreachable or does not answer. The request is not at fault: try again later."""
-
-
-def read_once(
-    url: str,
-    read: Callable[[AsyncConnection], Awaitable[T]],
-    *,
-    application_name: str,
-    statement_timeout: float = READ_TIMEOUT,
-) -> T:
-    """Read with a connection of its own, for a program without an event loop.
-
-    Raises psycopg's errors, and SchemaError where the database is not migrated or too old.
-    """
-
-    async def connect_and_read() -> T:
-        async with await AsyncConnection.connect(url, **OPTIONS, application_name=application_name) as connection:
-            refuse_old_server(connection)
-            await connection.execute(f"{SESSION}; SET statement_timeout = {statement_timeout * 1000:.0f}".encode())
-            with _schema_errors():
-                return await read(connection)
-
-    return asyncio.run(connect_and_read())
 
 
 class Database:
@@ -109,7 +62,7 @@ class Database:
         """
         try:
             async with self._pool.connection(CONNECTION_TIMEOUT) as connection:
-                with _disconnect_after(seconds, connection), _schema_errors():
+                with _disconnect_after(seconds, connection), schema_errors():
                     result = await read(connection)
         except (OperationalError, InterfaceError) as error:
             if self._available:  # one line per outage, not per request
@@ -161,17 +114,6 @@ async def _configure(connection: AsyncConnection) -> None:
     # SET after connecting, not `options`: poolers refuse start-up parameters that they do not know.
     with _disconnect_after(READ_TIMEOUT, connection):
         await connection.execute(SESSION)
-
-
-@contextlib.contextmanager
-def _schema_errors() -> Iterator[None]:
-    """Raise SchemaError where the database has not the tables or columns that this code knows."""
-    try:
-        yield
-    except (UndefinedTable, UndefinedColumn) as error:
-        raise SchemaError(
-            "The database lacks tables that this code needs: run `tokentrail migrate`, or restore what was dropped."
-        ) from error
 
 
 @contextlib.contextmanager

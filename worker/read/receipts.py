@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from psycopg import AsyncConnection
 from psycopg.rows import dict_row
@@ -25,7 +25,8 @@ from schema.responses import (
     transaction,
 )
 
-from .database import Database
+if TYPE_CHECKING:
+    from .database import Database
 
 #: The user is repeated beside each key: with `user_id = …` as a condition of its own, PostgreSQL might read all of the
 #: user's rows. For the same reason details are looked up record by record.

@@ -25,7 +25,7 @@ from worker.local.embedded import servers
 from worker.migration import migrate
 from worker.output import progress
 from worker.processes import Child
-from worker.read.database import read_once
+from worker.read.connection import read_once
 from worker.schema_version import check_schema
 
 if TYPE_CHECKING:
