@@ -25,9 +25,9 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .canonical import MAX_EXPONENT, DuplicateKeys, JsonNumber, NotCanonical, plain_number, write_json, write_text
+from .messages import MAX_AMOUNT
 from .text import is_storable, quote
 
-MAX_AMOUNT: Final = 10**12  # tokens; the default of the worker's setting
 MAX_METADATA_BYTES: Final = 16 * 1024  # of the canonical text, in UTF-8
 MAX_METADATA_DEPTH: Final = 8
 EARLIEST: Final = datetime(2000, 1, 1, tzinfo=UTC)

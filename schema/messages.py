@@ -19,6 +19,7 @@ TYPES: Final = {ACCRUE: "accrual", BURN: "burn"}
 DEFAULT_QUEUE: Final = "tokens"
 
 MAX_EVENTS: Final = 1_000  # of one APPLY_MANY
+MAX_AMOUNT: Final = 10**12  # tokens of one event; the default of TOKENTRAIL_MAX_AMOUNT
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024  # of a message that a worker reads
 
 #: The header of a message that replays a dead letter: the letter's number.

@@ -24,6 +24,8 @@ DeadLetterReason: TypeAlias = Literal[
     "scheduled",
 ]
 
+DEAD_LETTER_STATES: Final = ("open", "replayed", "discarded")
+
 REJECTION_REASONS: Final[tuple[RejectionReason, ...]] = get_args(RejectionReason)
 
 DEAD_LETTER_REASONS: Final[Mapping[DeadLetterReason, str]] = {

@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from .reasons import DEAD_LETTER_REASONS, REJECTION_REASONS
+from .reasons import DEAD_LETTER_REASONS, DEAD_LETTER_STATES, REJECTION_REASONS
 
 NAMING: Final = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -51,8 +51,6 @@ Sum: Final = Numeric()
 
 #: Keys compare byte by byte: the same order and the same equality on every server and in Python.
 Key: Final = Text(collation="C")
-
-DEAD_LETTER_STATES: Final = ("open", "replayed", "discarded")
 
 #: Audit tables: the database refuses UPDATE, DELETE and TRUNCATE of their rows.
 APPEND_ONLY: Final = ("transaction_record", "accrual_record", "burned_credit", "rejected_event")

@@ -46,10 +46,8 @@ LONGEST = (
     "test_kombu_suite",
     "test_up",
     "test_docs",
-    "test_transport_with_celery",
     "test_embedded",
     "test_bench",
-    "test_transport_outages",
     "test_migrations",
     "test_worker",
 )

@@ -7,17 +7,18 @@ migration_progress.py  how far a migration is, on a terminal
 output.py     tables, bars and amounts for the terminal
 app.py        the Celery application
 queue/        from Redis to a batch
-read/         answers
+read/         the read side: the HTTP API, and what commands read
 transport/    Redis ↔ kombu
 ledger/       what happens to the money
-readiness.py  what a worker looks at before it starts
+readiness.py  the checks before a worker starts
 migration.py  Alembic: the schema brought to another revision
 processes.py  child processes that live and die together
-log.py        the form of a log line
+log.py        how log lines are formatted
 listening.py  an address to listen on
 hosts.py      the names by which API and Flower may be addressed
 schema_version.py  whether this code can work with the database's schema
 db.py         connections to PostgreSQL
 config.py     every setting
 files.py      files and folders that no other account can have planted
+errors.py     the base of errors that end a command with one sentence
 """

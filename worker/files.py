@@ -9,12 +9,14 @@ import stat
 from pathlib import Path
 from typing import IO, Any, Final
 
+from worker.errors import TokentrailError
+
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 #: What open() with O_NOFOLLOW fails with for a symbolic link; the second on BSD.
 _IS_LINK: Final = (errno.ELOOP, errno.EMLINK)
 
 
-class UntrustedFileError(Exception):
+class UntrustedFileError(TokentrailError):
     """Another account may have made or changed a file; the message says why, and what to do."""
 
     def __init__(self, fact: str, advice: str) -> None:

@@ -1,4 +1,4 @@
-"""Logs: one event a line on standard error, as JSON for machines or aligned for people."""
+"""Logging: one line per event on standard error, as JSON or, on a terminal, as text."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def set_up(settings: Settings) -> None:
-    """Send structlog's events and the standard library's records the same way. Safe to call again."""
+    """Format structlog's events and the standard library's records alike. Can be called again."""
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    for_people = settings.log_format == "console" or (settings.log_format == "auto" and on_terminal)
+    as_text = settings.log_format == "console" or (settings.log_format == "auto" and on_terminal)
 
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="%H:%M:%S" if for_people else "iso", utc=not for_people),
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if as_text else "iso", utc=not as_text),
     ]
-    rendered: list[Processor] = (
+    renderers: list[Processor] = (
         [
             structlog.dev.ConsoleRenderer(
                 colors=on_terminal,
@@ -33,7 +33,7 @@ def set_up(settings: Settings) -> None:
                 exception_formatter=structlog.dev.plain_traceback,  # rich's shows variables, passwords too
             )
         ]
-        if for_people
+        if as_text
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
@@ -51,10 +51,10 @@ def set_up(settings: Settings) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
-    # The steps of its start and stop; ours says when it listens.
+    # uvicorn logs each step of its start and stop; our own line says where the API listens.
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLevelName(settings.log_level)))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: amounts, a history and the supply as tables, and how far something long is."""
+"""Output for the terminal: amounts, tables and progress bars."""
 
 from __future__ import annotations
 
@@ -22,31 +22,30 @@ if TYPE_CHECKING:
     from schema.responses import Receipt, Rejections, TransactionHistory
     from worker.read.supply import Supply
 
-#: Columns of a table that goes to a file or a pipe, which has no width of its own.
-_WIDTH: Final = 132
+_WIDTH: Final = 132  # columns of output to a file or a pipe, which has no width of its own
 
 _FIELDS: Final = {"field": "left", "value": "left"}
 _STYLES: Final = {"applied": "green", "rejected": "yellow", "dead_lettered": "red", "unknown": "dim"}
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Colours and bars on a terminal; plain lines, wide enough for our tables, everywhere else."""
+    """A console with colours and bars on a terminal; plain lines, wide enough for our tables, everywhere else."""
     stream = sys.stderr if stderr else sys.stdout
     on_terminal = stream is not None and stream.isatty()
     return Console(stderr=stderr, width=None if on_terminal else _WIDTH, highlight=False, emoji=False, markup=False)
 
 
-def is_watched(on: Console) -> bool:
-    """Whether somebody looks on. Rich takes a pipe for a terminal where FORCE_COLOR is set, as in many a CI."""
-    return on.is_terminal and on.file.isatty()
+def is_watched(output: Console) -> bool:
+    """Whether the console is a terminal. Rich takes a pipe for one where FORCE_COLOR is set, as in many a CI."""
+    return output.is_terminal and output.file.isatty()
 
 
 @contextmanager
-def progress(what: str, total: int, on: Console) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere; what it yields is told how many more are done."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress(*columns, console=on, disable=not is_watched(on), transient=True) as bar:
-        task = bar.add_task(what, total=total)
+def progress(label: str, total: int, output: Console) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, nothing elsewhere. Call what it yields with the number of further items done."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=output, disable=not is_watched(output), transient=True) as bar:
+        task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)
 
 
@@ -69,20 +68,21 @@ def moment(when: datetime) -> str:
 
 
 def table(title: str, **columns: str) -> Table:
-    """A table with these columns: name="left" or "right" says how one is aligned; _ stands for a space."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
+    """An empty table. Each column is name="left" or name="right", its alignment; _ stands for a space."""
+    rendered = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
     for name, side in columns.items():
-        made.add_column(name.replace("_", " "), justify="right" if side == "right" else "left", overflow="fold")
-    return made
+        rendered.add_column(name.replace("_", " "), justify="right" if side == "right" else "left", overflow="fold")
+    return rendered
 
 
 def history_table(user_id: str, history: TransactionHistory) -> Table:
     """One page of an account's records, newest first."""
-    about = history.pagination
-    made = table(
-        f"History of {printable(user_id)}: page {about.page} of {about.total_pages}, {count(about.total, 'record')}",
+    pagination = history.pagination
+    rendered = table(
+        f"History of {printable(user_id)}: page {pagination.page} of {pagination.total_pages},"
+        f" {count(pagination.total, 'record')}",
         no="right",
-        recorded="left",
+        **{"recorded (UTC)": "left"},
         type="left",
         what="left",
         amount="right",
@@ -92,7 +92,7 @@ def history_table(user_id: str, history: TransactionHistory) -> Table:
     )
     for record in history.transactions:
         accrual = record.type == "accrual"
-        made.add_row(
+        rendered.add_row(
             str(record.sequence),
             moment(record.created_at),
             Text(record.type, style="green" if accrual else "yellow"),
@@ -102,26 +102,26 @@ def history_table(user_id: str, history: TransactionHistory) -> Table:
             tokens(record.balance_after),
             printable(record.idempotency_key),
         )
-    return made
+    return rendered
 
 
-def rejections_table(user_id: str, found: Rejections) -> Table:
-    """One page of what an account was refused for good, newest first."""
-    about = found.pagination
-    made = table(
-        f"Rejections of {printable(user_id)}: page {about.page} of {about.total_pages},"
-        f" {count(about.total, 'rejection')}",
+def rejections_table(user_id: str, page: Rejections) -> Table:
+    """One page of an account's rejected events, newest first."""
+    pagination = page.pagination
+    rendered = table(
+        f"Rejections of {printable(user_id)}: page {pagination.page} of {pagination.total_pages},"
+        f" {count(pagination.total, 'rejection')}",
         no="right",
-        decided="left",
+        **{"decided (UTC)": "left"},
         type="left",
         what="left",
         amount="right",
-        held="right",
+        balance="right",
         reason="left",
         key="left",
     )
-    for rejection in found.rejections:
-        made.add_row(
+    for rejection in page.rejections:
+        rendered.add_row(
             str(rejection.number),
             moment(rejection.created_at),
             rejection.type,
@@ -131,46 +131,46 @@ def rejections_table(user_id: str, found: Rejections) -> Table:
             rejection.reason,
             printable(rejection.idempotency_key),
         )
-    return made
+    return rendered
 
 
 def receipt_table(receipt: Receipt) -> Table:
     """What became of one event."""
-    made = table(f"Receipt of {printable(receipt.user_id)} for {printable(receipt.idempotency_key)}", **_FIELDS)
-    made.add_row("status", Text(receipt.status.replace("_", "-"), style=_STYLES[receipt.status]))
+    rendered = table(f"Receipt of {printable(receipt.user_id)} for {printable(receipt.idempotency_key)}", **_FIELDS)
+    rendered.add_row("status", Text(receipt.status.replace("_", "-"), style=_STYLES[receipt.status]))
     match receipt.status:
         case "applied":
             record = receipt.transaction
-            made.add_row("record", f"{record.sequence} ({record.type})")
-            made.add_row("amount", tokens(record.amount))
-            made.add_row("balance", f"{tokens(record.balance_before)} → {tokens(record.balance_after)}")
-            made.add_row("recorded", moment(record.created_at))
+            rendered.add_row("record", f"{record.sequence} ({record.type})")
+            rendered.add_row("amount", tokens(record.amount))
+            rendered.add_row("balance", f"{tokens(record.balance_before)} → {tokens(record.balance_after)}")
+            rendered.add_row("recorded (UTC)", moment(record.created_at))
         case "rejected":
-            made.add_row("reason", receipt.reason)
-            made.add_row("held then", tokens(receipt.balance))
-            made.add_row("rejection", str(receipt.number))
-            made.add_row("decided", moment(receipt.created_at))
+            rendered.add_row("reason", receipt.reason)
+            rendered.add_row("balance then", tokens(receipt.balance))
+            rendered.add_row("rejection", str(receipt.number))
+            rendered.add_row("decided (UTC)", moment(receipt.created_at))
         case "dead_lettered":
-            made.add_row("reason", receipt.reason)
-            made.add_row("detail", printable(receipt.detail))
-            made.add_row("dead letter", f"{receipt.dead_letter}, {receipt.state}")
-            made.add_row("last seen", moment(receipt.last_seen_at))
+            rendered.add_row("reason", receipt.reason)
+            rendered.add_row("detail", printable(receipt.detail))
+            rendered.add_row("dead letter", f"{receipt.dead_letter}, {receipt.state}")
+            rendered.add_row("last seen (UTC)", moment(receipt.last_seen_at))
         case "unknown":
-            made.add_row("detail", receipt.detail)
-    return made
+            rendered.add_row("detail", receipt.detail)
+    return rendered
 
 
 def supply_table(supply: Supply) -> Table:
-    """All tokens there are."""
-    made = table("Supply", tokens="left", amount="right")
-    made.add_row("issued", tokens(supply.issued))
-    made.add_row("burned", tokens(supply.burned))
-    made.add_row("circulating", Text(tokens(supply.circulating), style="bold"))
+    """The supply, its legacy part only where there is one."""
+    rendered = table("Supply", tokens="left", amount="right")
+    rendered.add_row("issued", tokens(supply.issued))
+    rendered.add_row("burned", tokens(supply.burned))
+    rendered.add_row("circulating", Text(tokens(supply.circulating), style="bold"))
     if supply.legacy:
-        made.add_row("from before the trail", tokens(supply.legacy))
-    return made
+        rendered.add_row("legacy", tokens(supply.legacy))
+    return rendered
 
 
 def printable(text: str) -> Text:
-    """A producer's text, which shall not steer the terminal."""
+    """A producer's text without the control characters that would drive the terminal."""
     return Text("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text))

@@ -1,4 +1,4 @@
-"""What a worker looks at before it starts: that both servers let it in, and keep what it is going to rely on."""
+"""The checks before a worker starts: both servers can be used, and Redis keeps what is in its queue."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from schema.text import one_line_error
 from schema.urls import public_address
 from worker.config import ConfigError
 from worker.db import connect
+from worker.errors import TokentrailError
 from worker.schema_version import check_schema
 
 if TYPE_CHECKING:
@@ -23,33 +24,44 @@ if TYPE_CHECKING:
 
     from worker.config import Settings
 
-#: The oldest Redis whose scripts know the flag allow-oom, without which a full one could not be drained.
-_OLDEST_REDIS: Final = (7, 0)
+#: Older ones ignore a script's flag allow-oom, without which the queue of a full Redis cannot be emptied.
+MIN_REDIS_VERSION: Final = (7, 0)
 
-_MORE_CONNECTIONS: Final = "raise its limit of connections, or end some of them"
-#: What a PostgreSQL that runs says when it lets nobody in, which has no SQLSTATE then, and what helps.
-_OF_CONNECTING: Final = {
-    "too many c": _MORE_CONNECTIONS,  # clients, connections for a role or a database
-    "connection slots are reserved": _MORE_CONNECTIONS,
+#: Part of libpq's message, for a refused connection has no SQLSTATE → what to do.
+_ADVICE_BY_MESSAGE: Final = {
+    "too many c": "raise its limit of connections, or end some of them",  # clients; connections for a role, a database
+    "connection slots are reserved": "raise its limit of connections, or end some of them",
     "No space left on device": "free some space on its disk",
     "the database system is": "try again once it is up",  # starting up, shutting down, in recovery mode
 }
-_OTHERWISE: Final = "check that it runs, and that DATABASE_URL is right"
+_DEFAULT_ADVICE: Final = "check that it runs, and that DATABASE_URL is right"
 
 
-class NotReady(Exception):
-    """What the command needs is unreachable or taken; the message says what. Exit code 1."""
+class NotReady(TokentrailError):
+    """What the command needs is unreachable or taken; the message says what."""
 
 
 def check_servers(settings: Settings) -> list[str]:
-    """Sentences to warn with, none when all is well.
+    """Return warnings, one sentence each.
 
-    Raises NotReady, SchemaError or ConfigError, in one sentence, where a worker could not keep its promises.
+    Raises NotReady, SchemaError or ConfigError where a worker could not keep its promises.
     """
-    return [*_database(settings), *check_broker(settings.broker())]
+    return [*_check_postgresql(settings), *check_broker(settings.broker())]
 
 
-def _database(settings: Settings) -> Iterator[str]:
+def check_broker(url: str) -> list[str]:
+    """As `check_servers`, for Redis alone."""
+    return list(_check_redis(url))
+
+
+def postgresql_unreachable(error: psycopg.OperationalError) -> str:
+    """One sentence for a PostgreSQL that is unreachable or refuses the connection."""
+    message = one_line_error(error)
+    advice = next((advice for part, advice in _ADVICE_BY_MESSAGE.items() if part in message), _DEFAULT_ADVICE)
+    return f"PostgreSQL cannot be used ({message}): {advice}."
+
+
+def _check_postgresql(settings: Settings) -> Iterator[str]:
     try:
         with connect(settings.database(), settings) as connection:
             if warning := check_schema(connection):
@@ -58,30 +70,18 @@ def _database(settings: Settings) -> Iterator[str]:
         raise NotReady(postgresql_unreachable(error)) from error
 
 
-def postgresql_unreachable(error: psycopg.OperationalError) -> str:
-    """One sentence for a PostgreSQL that is away, or does not let us in."""
-    why = one_line_error(error)
-    advice = next((advice for words, advice in _OF_CONNECTING.items() if words in why), _OTHERWISE)
-    return f"PostgreSQL cannot be used ({why}): {advice}."
-
-
-def check_broker(url: str) -> list[str]:
-    """As `check_servers`, of Redis alone."""
-    return list(_broker(url))
-
-
-def _broker(url: str) -> Iterator[str]:
+def _check_redis(url: str) -> Iterator[str]:
     where = f"Redis at {public_address(url)}"
     try:
         with connect_broker(url) as broker:
             broker.ping()
             try:
-                found = dict(broker.info())
+                info = dict(broker.info())
             except ResponseError as error:  # an ACL, or a service that hides it
                 why = one_line_error(error)
-                yield f"{where} does not say how it is set up ({why}): see yourself that it never evicts keys."
+                yield f"{where} does not report its settings ({why}): check yourself that it never evicts keys."
                 return
-            yield from _durability(where, found, broker)
+            yield from _check_durability(where, info, broker)
     except (RedisError, OSError) as error:
         raise NotReady(
             f"{unusable(public_address(url), error)}: check that it runs, and that BROKER_URL is right."
@@ -90,30 +90,30 @@ def _broker(url: str) -> Iterator[str]:
         raise ConfigError(f"BROKER_URL is not usable: {error}.") from error
 
 
-def _durability(where: str, found: dict[str, Any], broker: redis.Redis) -> Iterator[str]:
-    """Whether what is in the queue stays there. Where INFO leaves something out, nothing is said about it."""
-    version = str(found.get("redis_version", ""))
-    if (numbers := re.match(r"(\d+)\.(\d+)", version)) and tuple(map(int, numbers.groups())) < _OLDEST_REDIS:
+def _check_durability(where: str, info: dict[str, Any], broker: redis.Redis) -> Iterator[str]:
+    """Warn of settings with which Redis loses messages. A setting that INFO leaves out is taken for right."""
+    version = str(info.get("redis_version", ""))
+    if (numbers := re.match(r"(\d+)\.(\d+)", version)) and tuple(map(int, numbers.groups())) < MIN_REDIS_VERSION:
         raise NotReady(
             f"{where} has version {version}, which is too old: tokentrail needs Redis 7.0 or newer, or Valkey."
         )
-    policy = str(found.get("maxmemory_policy", "noeviction"))
+    policy = str(info.get("maxmemory_policy", "noeviction"))
     if policy.startswith("allkeys-"):
         raise NotReady(
-            f"{where} has maxmemory-policy {policy}, so that it forgets queues with all their messages when it is"
-            " full: set it to noeviction."
+            f"{where} has maxmemory-policy {policy}, so a full Redis drops whole queues with their"
+            " messages: set it to noeviction."
         )
     if policy != "noeviction":
-        yield f"{where} has maxmemory-policy {policy}: noeviction is what the queue is tried with, so set that."
-    if found.get("aof_enabled") == 0:
-        yield f"{where} has appendonly no, so that a crash loses messages: set it to yes, and appendfsync to always."
+        yield f"{where} has maxmemory-policy {policy}: tokentrail is tested with noeviction, so set that."
+    if info.get("aof_enabled") == 0:
+        yield f"{where} has appendonly no, so a crash loses messages: set it to yes, and appendfsync to always."
         return
     try:
         sync = broker.config_get("appendfsync").get("appendfsync", "always")
-    except ResponseError:  # services forbid CONFIG, and see to it themselves
+    except ResponseError:  # managed services forbid CONFIG, and set this themselves
         return
     if sync != "always":
         yield (
-            f"{where} has appendfsync {sync}, so that the newest messages are lost when its machine fails: set it to"
+            f"{where} has appendfsync {sync}, so a failure of its machine loses the newest messages: set it to"
             " always, or publish again with the same keys after a failure."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.config import ROOT
+from worker.errors import TokentrailError
 
 if TYPE_CHECKING:
     import psycopg
@@ -16,7 +17,7 @@ LEGACY_REVISION: Final = "0001"
 OLDEST_SERVER: Final = 150_000
 
 
-class SchemaError(Exception):
+class SchemaError(TokentrailError):
     """The database is not one this code can work with; the message says why and what to do."""
 
 

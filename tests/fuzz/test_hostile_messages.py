@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -21,7 +22,8 @@ from tests.kit.events import accrual, burn
 from tests.kit.messages import PRIORITY_STEPS, key
 from tests.kit.stage import Stage
 from tests.kit.wait import eventually
-from worker.read.history import read_history_now
+from worker.read.connection import read_once
+from worker.read.pages import RECORDS, read_page
 
 from . import hostile
 from .accounts import Accounts
@@ -138,7 +140,7 @@ def test_every_hostile_message_is_accounted_for_and_harms_nobody(traffic, stage,
     with psycopg.connect(stage.database_url, autocommit=True) as connection:
         assert accounts.wrong(connection, traffic.regular) == []
         assert_known(connection, accounts, killers)
-        assert_histories_can_be_read(connection)
+        assert_histories_can_be_read(stage.database_url, connection)
     assert not marker.exists(), "a pickle or YAML was loaded"
     assert {user: stage.balance(user) for user in traffic.balances} == {
         user: Decimal(balance) for user, balance in traffic.balances.items()
@@ -172,11 +174,12 @@ def assert_known(connection: psycopg.Connection[Any], accounts: Accounts, killer
     assert wrong == []
 
 
-def assert_histories_can_be_read(connection: psycopg.Connection[Any]) -> None:
+def assert_histories_can_be_read(database_url: str, connection: psycopg.Connection[Any]) -> None:
     """As the API answers them, first page and last."""
     for user, sequence in connection.execute("SELECT user_id, sequence FROM account").fetchall():
         for page in {1, max(-(-sequence // 100), 1)}:
-            history = read_history_now(connection, user, page, 100)
+            read = partial(read_page, pages=RECORDS, user_id=user, page=page, limit=100)
+            history = read_once(database_url, read, application_name="tokentrail test")
             assert history.pagination.total == sequence
             json.loads(history.model_dump_json())
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import kombu
 
+from tests.kit.wait import PATIENCE
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -49,9 +51,14 @@ class Consumer:
                 break
         return self.messages
 
-    def drain_until(self, count: int, seconds: float = 10) -> list[Any]:
+    def fetch(self) -> list[Any]:
+        """Take what one fetch brings."""
+        self.connection.drain_events(timeout=PATIENCE)
+        return self.messages
+
+    def drain_until(self, count: int) -> list[Any]:
         """Take what comes until there are `count` messages."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while len(self.messages) < count:
             assert time.monotonic() < deadline, f"{len(self.messages)} of {count} messages came"
             self.drain(0.05)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,8 +70,6 @@ def built(folder: Path) -> Path:
 def made(folder: Path) -> Producer:
     wheel, installed, programs = built(folder), folder / "installed", folder / "programs"
     programs.mkdir()
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", installed, wheel],
-        check=True,
-    )
+    with zipfile.ZipFile(wheel) as archive:  # what pip does with a wheel of Python modules only
+        archive.extractall(installed)
     return Producer(wheel, installed, programs)

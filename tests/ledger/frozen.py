@@ -16,7 +16,9 @@ if __name__ == "__main__":
     url, key, *users = sys.argv[1:]
     reports: list[str | None] = []
     ledger = Ledger(
-        Settings(DATABASE_URL=url, lock_timeout=60, idle_in_transaction_timeout=1), stripe=9, degraded=reports.append
+        Settings(DATABASE_URL=url, lock_timeout=60, statement_timeout=61, idle_in_transaction_timeout=1),
+        stripe=9,
+        degraded=reports.append,
     )
     print(ledger.session.connection().info.backend_pid, flush=True)
     with logged():  # standard output is for the test

@@ -658,7 +658,7 @@ def test_a_frozen_worker_is_overcome_and_finds_its_way_back(watched, owner, url)
 def test_a_worker_frozen_in_the_middle_of_a_copy_is_overcome(watched, owner, url):
     """PostgreSQL waits for the lines of a COPY for ever, whatever its timeouts, and keeps the locks meanwhile."""
     owner.execute("INSERT INTO account (user_id) VALUES ('ann'), ('cid')")
-    settings = Settings(DATABASE_URL=url, idle_in_transaction_timeout=1, statement_timeout=1)
+    settings = Settings(DATABASE_URL=url, idle_in_transaction_timeout=1, statement_timeout=1, lock_timeout=0.5)
     frozen = connect(url, settings)
     try:
         frozen.execute("BEGIN")

@@ -15,7 +15,6 @@ from threading import Thread
 from urllib.error import HTTPError
 
 import psutil
-import psycopg
 import pytest
 
 from tests.kit.servers import free_port
@@ -23,6 +22,7 @@ from tests.kit.stage import LISTED
 from tests.kit.wait import PATIENCE, eventually
 from worker.local.up import Service, UpError
 from worker.processes import Child, Family
+from worker.read.connection import read_once
 from worker.read.supply import read_supply
 
 
@@ -325,16 +325,14 @@ def test_workers_under_one_parent_are_restarted_and_the_same_run_again_moves_not
 
     demo = tokentrail("demo", "--events", "300", "--run", "twice")
     assert demo.wait() == 0, demo.printed
-    with psycopg.connect(set_servers) as connection:
-        before = read_supply(connection)
+    before = read_once(set_servers, read_supply, application_name="tokentrail test")
 
     killed = workers.descendants()[0]
     killed.kill()
     workers.wait_for(f"(pid {killed.pid}) was killed by SIGKILL; restarting in 1 s")
     demo = tokentrail("demo", "--events", "300", "--run", "twice")
     assert demo.wait() == 0, demo.printed
-    with psycopg.connect(set_servers) as connection:
-        assert read_supply(connection) == before
+    assert read_once(set_servers, read_supply, application_name="tokentrail test") == before
 
     eventually(lambda: len(workers.descendants()) == 2)
     descendants = workers.descendants()

@@ -1,4 +1,4 @@
-"""client/: the wheel with which other Python projects send events, as they have it."""
+"""client/: the wheel with which other Python projects send events, installed as they install it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from worker.config import ROOT
 APPLICATION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {"broker", "urls", "canonical", "events", "messages", "publisher", "text"}
 
-#: A program of another project. It ends with an error where this repository is in reach.
+#: A program of another project. It fails if it can import this repository.
 PROGRAM = """
 import importlib.util
 import sys
@@ -54,12 +54,12 @@ def contents(wheel):
 
 
 def requirements(metadata):
-    """Each requirement's name, and what it asks of the version."""
+    """Requirement → its bounds of the version."""
     return dict(re.fullmatch(r"([\w-]+)(.*)", each).groups() for each in metadata.get_all("Requires-Dist"))
 
 
 def test_what_another_project_publishes_is_applied_once(producer, stage):
-    assert all(map(importlib.util.find_spec, ("schema", "worker"))), "the program shall miss what is found here"
+    assert all(map(importlib.util.find_spec, ("schema", "worker"))), "else the program's check would prove nothing"
     stage.start()
 
     assert producer.run(PROGRAM, stage.broker_url) == "2\n"
@@ -70,9 +70,9 @@ def test_what_another_project_publishes_is_applied_once(producer, stage):
     assert stage.broken() == []
 
 
-def test_another_project_is_told_that_nobody_took_its_events(producer):
-    said = producer.run(PROGRAM, "redis://127.0.0.1:1/0")
-    assert re.fullmatch(r"Redis at 127\.0\.0\.1:1/0 cannot be used \(.*\): 1 event not published\.\n", said), said
+def test_a_producer_learns_that_redis_is_unreachable(producer):
+    output = producer.run(PROGRAM, "redis://127.0.0.1:1/0")
+    assert re.fullmatch(r"Redis at 127\.0\.0\.1:1/0 cannot be used \(.*\): 1 event not published\.\n", output), output
 
 
 def test_the_wheel_holds_what_a_producer_needs_and_nothing_else(producer):
@@ -87,10 +87,10 @@ def test_the_wheel_holds_what_a_producer_needs_and_nothing_else(producer):
             *(f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")),
         ]
     )
-    held = contents(producer.wheel)
-    assert held[f"{about}/licenses/LICENSE"] == (ROOT / "LICENSE").read_text()
+    files = contents(producer.wheel)
+    assert files[f"{about}/licenses/LICENSE"] == (ROOT / "LICENSE").read_text()
     for module in MODULES:
-        assert held[f"tokentrail_client/{module}.py"] == (ROOT / "schema" / f"{module}.py").read_text()
+        assert files[f"tokentrail_client/{module}.py"] == (ROOT / "schema" / f"{module}.py").read_text()
 
 
 def test_every_module_of_the_wheel_imports(producer):
@@ -125,29 +125,13 @@ def test_the_wheel_says_what_it_is(metadata):
     assert metadata.get_payload() == (ROOT / "client" / "README.md").read_text()
 
 
+@pytest.mark.network
 def test_the_oldest_packages_that_the_wheel_allows_will_do(producer, metadata, broker_url, tmp_path):
     """Or the oldest of them that this Python can install."""
-    asked = [f"{name}{versions}" for name, versions in requirements(metadata).items() if versions]
-    uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--no-config", "--only-binary", ":all:"]
-    installed = subprocess.run(
-        [
-            *uv,
-            "--resolution",
-            "lowest-direct",
-            "--python",
-            sys.executable,
-            "--target",
-            tmp_path,
-            producer.wheel,
-            *asked,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if installed.returncode and "Failed to fetch" in installed.stderr and os.environ.get("CI") != "true":
-        pytest.skip(f"uv reaches no package index: {installed.stderr.strip()[-300:]}")
-    assert installed.returncode == 0, installed.stderr
+    bounds = [f"{name}{versions}" for name, versions in requirements(metadata).items() if versions]
+    uv = [Path(sys.executable).with_name("uv"), "pip", "install", "--no-config", "--only-binary", ":all:"]
+    options = ["--resolution", "lowest-direct", "--python", sys.executable, "--target", tmp_path]
+    subprocess.run([*uv, *options, producer.wheel, *bounds], check=True, capture_output=True)
     assert producer.run(PROGRAM, broker_url, packages=tmp_path) == "2\n"
 
 
@@ -158,13 +142,22 @@ def test_a_type_checker_knows_what_the_client_takes(producer):
         'Burn(user_id="ann", amount="0.1", action="chat", idempotency_key="1", metadata={"tokens": 12})\n'
         'Burn(user_id="ann", amount=0.1, action="chat", idempotency_key="1")\n'
     )
+    # Without the packages beside it, which the checker would read for most of ten seconds.
     checked = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--config-file=", program.name],
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--no-site-packages",
+            "--ignore-missing-imports",
+            "--config-file=",
+            program.name,
+        ],
         cwd=producer.folder,
-        env={**os.environ, "PYTHONPATH": str(producer.installed)},
+        env={**os.environ, "MYPYPATH": str(producer.installed)},
         capture_output=True,
         text=True,
         check=False,
     )
-    wrong = re.findall(r"^checked\.py:(\d+): error: (.*)  \[", checked.stdout, re.MULTILINE)
-    assert [line for line, _ in wrong] == ["3"], checked.stdout
+    errors = re.findall(r"^checked\.py:(\d+): error: .* \[(.*)\]$", checked.stdout, re.MULTILINE)
+    assert errors == [("3", "arg-type")], checked.stdout

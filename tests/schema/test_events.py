@@ -1,4 +1,4 @@
-"""What is an event and what is not, and the one text that a JSON value has."""
+"""schema/events.py: which data is an event, and the sentence that names field, value and rule of data that is not."""
 
 from __future__ import annotations
 
@@ -10,26 +10,39 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schema.canonical import MAX_EXPONENT, JsonText, NotCanonical, plain_number, read_json, write_json
+from schema.canonical import plain_number, read_json
 from schema.events import MAX_METADATA_BYTES, Accrual, Burn, InvalidEvent, event_json, parse_event
 from tests.ledger.support import repeatable
+from tests.schema.strategies import json_values, texts
 
 FIELDS = {"type": "burn", "user_id": "ann", "amount": "1", "idempotency_key": "k", "action": "render"}
+
+DIGITS = 'must be digits with at most 20 before and 18 after the point, such as "12.5"'
+RANGE = "must be more than 0 and at most 1000000000000"
+NUMBER = 'must be a string such as "1.5" or a JSON integer: other numbers lose digits on their way'
+MOMENT = 'must be RFC 3339 with an offset and at most microseconds, such as "2026-01-31T12:00:00Z"'
+CALENDAR = "must be a moment that the calendar has"
+EARLIEST = "must not be before 2000-01-01"
+SURROGATE = "must not hold half of a surrogate pair, which is not a character"
+BYTES = "must be at most 16384 bytes long as compact JSON"
+PLAIN = "metadata is an object: must be plain JSON at most 8 deep, but"
+E_ACUTE = "\\xe9"  # as an error shows it
 
 
 def parsed(**changes):
     return parse_event(FIELDS | changes)
 
 
-def as_sent(**changes):
-    """As it arrives: through the JSON of a message."""
-    return parse_event(read_json(json.dumps(FIELDS | changes)))
-
-
-def refusal(**changes):
+def refusal(data):
     with pytest.raises(InvalidEvent) as refused:
-        parse_event({name: value for name, value in (FIELDS | changes).items() if value is not ...})
+        parse_event(data)
     return str(refused.value)
+
+
+def of_json(**changes):
+    """The event of these JSON texts, as a worker reads it; `...` leaves a field out."""
+    fields = {name: json.dumps(value) for name, value in FIELDS.items()} | changes
+    return read_json("{" + ",".join(f'"{name}":{text}' for name, text in fields.items() if text != "...") + "}")
 
 
 def test_an_event_is_what_was_sent():
@@ -67,53 +80,11 @@ def test_the_tasks_name_implies_the_type_and_must_not_be_contradicted():
 )
 def test_an_amount_is_exact_whatever_the_ambient_context(amount, value):
     with localcontext(Context(prec=4, Emax=2, Emin=-2, traps=[Inexact, Rounded])):
-        event = parsed(amount=amount) if isinstance(amount, Decimal) else as_sent(amount=amount)
+        event = (
+            parsed(amount=amount) if isinstance(amount, Decimal) else parse_event(of_json(amount=json.dumps(amount)))
+        )
         text = plain_number(event.amount)
     assert text == value
-
-
-DIGITS = 'must be digits with at most 20 before and 18 after the point, such as "12.5"'
-RANGE = "must be more than 0 and at most 1000000000000"
-FLOAT = 'must be a string such as "1.5" or a JSON integer: other numbers lose digits on their way'
-
-
-@pytest.mark.parametrize(
-    ("amount", "rule"),
-    [
-        ("1000000000000.000000000000000001", RANGE),
-        (1_000_000_000_001, RANGE),
-        ("0", RANGE),
-        (0, RANGE),
-        ("0.000000000000000000", RANGE),
-        (-1, DIGITS),
-        *((text, DIGITS) for text in ("", "-1", "+1", "1e3", "1.", ".5", " 1", "1 ", "1\n", "1_000", "1,5", "0x1")),
-        *((text, DIGITS) for text in ("٣", "１", "NaN", "Infinity", "1" * 21, "1." + "1" * 19, "9" * 5000)),
-        pytest.param(10**5000, DIGITS, id="an integer that Python will not print"),
-        pytest.param(-(10**5000), DIGITS, id="a negative one"),
-        *((value, FLOAT) for value in (1.5, 1.0, float("nan"), True, False)),
-        (None, DIGITS),
-        ([], DIGITS),
-        ({}, DIGITS),
-        ({"__type__": "datetime", "__value__": "1"}, DIGITS),
-        ({"__type__": "decimal", "__value__": "1", "more": 1}, DIGITS),
-        *(
-            ({"__type__": "decimal", "__value__": value}, DIGITS)
-            for value in ("NaN", "1_0", "1e5", "-1", "1E-19", "1E+999", "1..1", "١", "9" * 90, 1, None, "1E+40")
-        ),
-        *((Decimal(value), DIGITS) for value in ("NaN", "Infinity", "-1", "1E-19", "1E+999999", "1E-999999")),
-    ],
-)
-def test_what_is_no_amount_is_refused_in_a_sentence_that_says_why(amount, rule):
-    sentence = refusal(amount=amount)
-    assert sentence.startswith("amount is ")
-    assert sentence.endswith(f": {rule}.")
-    assert len(sentence) < 250
-    assert sentence.isascii()
-
-
-def test_a_json_fraction_is_no_amount_however_exact_it_was_written():
-    with pytest.raises(InvalidEvent, match=r"^amount is 1\.50: must be a string"):
-        parse_event(read_json('{"type":"burn","user_id":"a","amount":1.50,"idempotency_key":"k","action":"x"}'))
 
 
 def test_the_largest_amount_is_a_setting():
@@ -141,193 +112,205 @@ def test_a_moment_is_an_instant_with_microseconds(text, moment):
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("field", "text", "sentence"),
     [
+        # The type
+        ("type", "...", "type is missing: must be accrual or burn."),
+        ("type", "null", "type is null: must be accrual or burn."),
+        ("type", '"Burn"', "type is 'Burn': must be accrual or burn."),
+        ("type", '["burn"]', "type is a list: must be accrual or burn."),
+        # The fields
+        ("user_id", "...", "user_id is missing."),
+        ("action", "...", "action is missing."),
+        ("acton", '"typo"', "'acton' is not a field of this event."),
+        ("source", '"x"', "'source' is not a field of this event."),
+        ("\\u202e\\n", "1", "'\\u202e\\n' is not a field of this event."),
+        ("\\ud800", "1", "'\\ud800' is not a field of this event."),
+        # Texts
         *(
-            "",
-            "2026-01-31",
-            "2026-01-31T12:00:00",
-            "2026-01-31T12:00Z",
-            "2026-01-31T12:00:00.1234567Z",
-            "20260131T120000Z",
+            (name, text, f"{name} is {shown}: {rule}.")
+            for name in ("user_id", "idempotency_key", "action")
+            for text, shown, rule in (
+                ('""', "''", "must not be empty"),
+                ("7", "7", "must be a string"),
+                ("1.5", "1.5", "must be a string"),
+                ("null", "null", "must be a string"),
+                ("true", "true", "must be a string"),
+                ('["a"]', "a list", "must be a string"),
+                ("{}", "an object", "must be a string"),
+                ('"a\\u0000b"', "'a\\x00b'", "must not hold a NUL character"),
+                ('"\\ud800"', "'\\ud800'", SURROGATE),
+            )
         ),
-        *("2026-02-30T00:00:00Z", "2026-01-31T24:00:01Z", "2026-01-31T12:00:61Z", "2026-01-31T12:00:00+25:00"),
-        *("0001-01-01T00:00:00+10:00", "9999-12-31T23:59:59-10:00", "1999-12-31T23:59:59.999999Z"),
-        *("٢٠٢٦-01-31T12:00:00Z", "2026-01-31T12:00:00Z\n", "now", 1769860800, 1.5, True, [], {}),
-        *({"__type__": "decimal", "__value__": "2026-01-31T12:00:00Z"}, datetime(2026, 1, 31)),  # noqa: DTZ001 - the point
+        ("user_id", f'"{"é" * 128}x"', f"user_id is '{E_ACUTE * 14}...': must be at most 128 characters long."),
+        ("action", f'"{"x" * 201}"', f"action is '{'x' * 56}...': must be at most 200 characters long."),
+        # The amount
+        *(
+            ("amount", json.dumps(text), f"amount is {text!a}: {DIGITS}.")
+            for text in (
+                *("", "-1", "+1", "1e3", "1.", ".5", " 1", "1 ", "1\n", "1_000", "1,5", "0x1"),
+                *("٣", "１", "NaN", "Infinity", "1" * 21, "1." + "1" * 19),
+            )
+        ),
+        ("amount", '"' + "9" * 5000 + '"', f"amount is '{'9' * 56}...': {DIGITS}."),
+        ("amount", "-1", f"amount is -1: {DIGITS}."),
+        ("amount", "1" + "0" * 400, f"amount is an integer of more than 40 digits: {DIGITS}."),
+        ("amount", "1" + "0" * 5000, f"amount is a number of 5001 characters: {DIGITS}."),
+        ("amount", "-1" + "0" * 5000, f"amount is a number of 5002 characters: {DIGITS}."),
+        ("amount", "null", f"amount is null: {DIGITS}."),
+        ("amount", "[]", f"amount is a list: {DIGITS}."),
+        *(
+            ("amount", text, f"amount is an object: {DIGITS}.")
+            for text in (
+                "{}",
+                '{"__type__":"decimal","__type__":"decimal","__value__":"1"}',
+                '{"__type__":"datetime","__value__":"1"}',
+                '{"__type__":"decimal","__value__":"1","more":1}',
+                *(
+                    f'{{"__type__":"decimal","__value__":{json.dumps(value)}}}'
+                    for value in ("NaN", "1_0", "1e5", "-1", "1E-19", "1E+999", "1..1", "١", "9" * 90, 1, None, "1E+40")
+                ),
+            )
+        ),
+        *(
+            ("amount", text, f"amount is {shown}: {NUMBER}.")
+            for text, shown in {
+                "1.5": "1.5",
+                "1.0": "1.0",
+                "1e3": "1E+3",
+                "NaN": "NaN",
+                "-Infinity": "-Infinity",
+                "true": "true",
+                "false": "false",
+                "1e9999999999999999999999": "Infinity",
+                "-1e-9999999999999999999999": "-Infinity",
+            }.items()
+        ),
+        *(
+            ("amount", text, f"amount is {text.replace(chr(34), chr(39))}: {RANGE}.")
+            for text in ("0", '"0"', '"0.000"', "1000000000001", '"1000000000000.000000000000000001"')
+        ),
+        # The moment
+        *(
+            ("occurred_at", json.dumps(text), f"occurred_at is {text!a}: {rule}.")
+            for rule, values in {
+                MOMENT: (
+                    *("", "now", "2026-01-31", "2026-01-31T12:00:00", "2026-01-31T12:00Z", "20260131T120000Z"),
+                    *("2026-01-31T12:00:00.1234567Z", "1700000000", "2026-01-31T24:00:00Z", "2026-01-31T24:00:01Z"),
+                    *("2026-01-31T12:00:00+05:60", "2026-01-31T12:00:00+24:00", "2026-01-31T12:00:00+25:00"),
+                    *("٢٠٢٦-01-31T12:00:00Z", "2026-01-31T12:00:00Z\n"),
+                ),
+                CALENDAR: (
+                    *("2026-02-30T00:00:00Z", "2026-01-31T12:00:60Z", "2026-01-31T12:00:61Z", "0000-01-01T00:00:00Z"),
+                    *("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"),
+                ),
+                EARLIEST: ("1999-12-31T23:59:59Z", "1999-12-31T23:59:59.999999Z"),
+            }.items()
+            for text in values
+        ),
+        *(
+            ("occurred_at", text, f"occurred_at is {shown}: {MOMENT}.")
+            for text, shown in {
+                "1700000000": "1700000000",
+                "1.5": "1.5",
+                "true": "true",
+                "[]": "a list",
+                "{}": "an object",
+                '{"__type__":"decimal","__value__":"2026-01-31T12:00:00Z"}': "an object",
+            }.items()
+        ),
+        # The metadata
+        *(
+            ("metadata", text, f"metadata is {shown}: must be a JSON object.")
+            for text, shown in {"[]": "a list", '"{}"': "'{}'", "1": "1", "true": "true"}.items()
+        ),
+        ("metadata", f'{{"a":"{"x" * 16384}"}}', f"metadata is an object: {BYTES}."),
+        *(
+            ("metadata", text, f"{PLAIN} {why}.")
+            for text, why in {
+                '{"a":1,"a":2}': "it has the key 'a' twice",
+                '{"a":{"b":1,"b":1}}': "a has the key 'b' twice",
+                '{"a":NaN}': "a is NaN, which is not a number",
+                '{"a":[1,-Infinity]}': "a[1] is -Infinity, which is not a number",
+                '{"a":{"b":[1e9999999999999999999999]}}': "a.b[0] is Infinity, which is not a number",
+                '{"a":1e401}': "a is 1E+401, beyond ten to the power of ±400",
+                '{"a":1e-401}': "a is 1E-401, beyond ten to the power of ±400",
+                '{"a":%s}' % ("9" * 5000): f"a is {'9' * 40}, beyond ten to the power of ±400",
+                '{"a":"\\u0000"}': "a holds a NUL character, which PostgreSQL cannot store",
+                '{"\\u0000":1}': "it holds a NUL character, which PostgreSQL cannot store",
+                '{"a":"\\ud800"}': "a holds half of a surrogate pair, which is not a character",
+                '{"\\u202e\\n":"\\ud800"}': "\\u202e\\n holds half of a surrogate pair, which is not a character",
+                '{"a":[[[[[[[[1]]]]]]]]}': "a[0][0][0][0][0][0][0] is nested too deep",
+                '{"a":{"b":{"c":{"d":{"e":{"f":{"g":{"h":{}}}}}}}}}': "a.b.c.d.e.f.g.h is nested too deep",
+                '{"a":{"__type__":"uuid","__value__":"x"}}': "a holds a Python 'uuid'; send plain JSON",
+                '{"a":{"__type__":"\\ud800\\u0000","__value__":"x"}}': (
+                    "a holds a Python '\\ud800\\x00'; send plain JSON"
+                ),
+            }.items()
+        ),
     ],
 )
-def test_what_is_no_moment_is_refused(text):
-    assert refusal(occurred_at=text).startswith("occurred_at is ")
-
-
-@pytest.mark.parametrize("name", ["user_id", "idempotency_key", "action"])
-@pytest.mark.parametrize("value", ["", "x" * 201, "a\x00b", "\ud800", 1, None, True, [], {}, b"x", 1.5])
-def test_a_text_that_is_empty_long_or_no_text_is_refused(name, value):
-    sentence = refusal(**{name: value})
-    assert sentence.startswith(f"{name} is ")
-    assert sentence.isascii()
+def test_a_broken_rule_is_one_sentence_with_field_value_and_rule(field, text, sentence):
+    assert refusal(of_json(**{field: text})) == sentence
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("field", "value", "rule"),
     [
-        ({"user_id": "x" * 129}, f"user_id is '{'x' * 56}...': must be at most 128 characters long."),
-        ({"action": ...}, "action is missing."),
-        ({"acton": "typo"}, "'acton' is not a field of this event."),
-        ({"source": "x"}, "'source' is not a field of this event."),
-        ({"type": "mint"}, "type is 'mint': must be accrual or burn."),
-        ({"type": ...}, "type is missing: must be accrual or burn."),
-        ({"type": ["burn"]}, "type is a list: must be accrual or burn."),
-        ({"user_id": 7, "amount": ..., "x" * 99: 1}, None),
+        *(("amount", Decimal(value), DIGITS) for value in ("NaN", "Infinity", "-1", "1E-19", "1E+999999", "1E-999999")),
+        *(("amount", value, NUMBER) for value in (1.5, float("nan"))),
+        pytest.param("amount", 10**5000, DIGITS, id="an integer that Python does not print"),
+        ("occurred_at", datetime(2026, 1, 31), MOMENT),  # noqa: DTZ001 - without an offset
+        ("action", b"x", "must be a string"),
     ],
 )
-def test_a_refusal_names_the_field_the_value_and_the_rule(changes, sentence):
-    found = refusal(**changes)
-    assert sentence in {None, found}
-    assert len(found) < 300
+def test_values_of_python_break_the_same_rules(field, value, rule):
+    sentence = refusal(FIELDS | {field: value})
+    assert sentence.startswith(f"{field} is ")
+    assert sentence.endswith(f": {rule}.")
+    assert len(sentence) < 250
 
 
-@pytest.mark.parametrize("data", [None, [], "burn", 1, True, 1.5, [FIELDS]])
-def test_what_is_no_object_is_no_event(data):
-    with pytest.raises(InvalidEvent, match=r"^An event must be a JSON object, not "):
-        parse_event(data)
+def test_up_to_three_broken_rules_are_in_the_sentence():
+    assert refusal(of_json(user_id="5", amount='"x"', action="...", more="1")) == (
+        f"user_id is 5: must be a string; amount is 'x': {DIGITS}; action is missing."
+    )
+    assert len(refusal(of_json(user_id=f'"{"x" * 999}"', amount="...", action="...", **{"x" * 99: "1"}))) < 300
 
 
-def test_a_field_that_stands_twice_is_refused_for_nobody_knows_which_was_meant():
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    {"null": "null", "[]": "a list", '"x"': "'x'", "1": "1", "1.5": "1.5", "true": "true", "[{}]": "a list"}.items(),
+)
+def test_an_event_is_a_json_object(text, shown):
+    assert refusal(read_json(text)) == f"An event must be a JSON object, not {shown}."
+
+
+def test_an_event_has_no_field_twice():
     text = '{"type":"burn","user_id":"a","amount":"1","amount":"2","idempotency_key":"k","action":"x"}'
-    with pytest.raises(InvalidEvent, match=r"^The event has the field 'amount' twice\.$"):
-        parse_event(read_json(text))
-
-
-@pytest.mark.parametrize("metadata", ["{}", [], 1, True])
-def test_metadata_that_is_no_object_is_refused(metadata):
-    assert refusal(metadata=metadata).endswith("must be a JSON object.")
+    assert refusal(read_json(text)) == "The event has the field 'amount' twice."
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ('{"a":{"b":{"c":{"d":{"e":{"f":{"g":{"h":1}}}}}}}}', None),
-        ('{"a":{"b":{"c":{"d":{"e":{"f":{"g":{"h":{}}}}}}}}}', "a.b.c.d.e.f.g.h is nested too deep"),
-        ('{"a":[[[[[[[[]]]]]]]]}', "is nested too deep"),
-        ('{"a":{"b":1,"b":1}}', "a has the key 'b' twice"),
-        ('{"a":1,"a":1}', "it has the key 'a' twice"),
-        ('{"a":NaN}', "a is NaN, which is not a number"),
-        ('{"a":[1,-Infinity]}', "a[1] is -Infinity, which is not a number"),
-        ('{"a":1e400}', None),
-        ('{"a":1e-400}', None),
-        ('{"a":1e401}', "a is 1E+401, beyond ten to the power of ±400"),
-        ('{"a":1e-401}', "a is 1E-401, beyond"),
-        ('{"a":1e999999999999}', "beyond"),
-        ('{"a":%s}' % ("9" * 5000), "beyond"),
-        ('{"a":"\\u0000"}', "a holds a NUL character"),
-        ('{"\\u0000":1}', "holds a NUL character"),
-        ('{"a":"\\ud800"}', "a holds half of a surrogate pair"),
-        ('{"a":"\\ud83c\\udf89"}', None),
-        ('{"a":{"__type__":"uuid","__value__":"x"}}', "a holds a Python 'uuid'; send plain JSON"),
-        ('{"a":{"__type__":"\\ud800\\u0000","__value__":"x"}}', "a holds a Python '\\ud800\\x00'; send plain JSON"),
-    ],
+    "text",
+    ['{"a":{"b":{"c":{"d":{"e":{"f":{"g":{"h":1}}}}}}}}', '{"a":1e400}', '{"a":1e-400}', '{"a":"\\ud83c\\udf89"}'],
 )
-def test_metadata_is_plain_json_of_bounded_depth_and_size(text, why):
-    data = read_json(text)
-    if why is None:
-        assert parsed(metadata=data).metadata is not None
-    else:
-        assert why in refusal(metadata=data)
+def test_metadata_at_its_limits_is_accepted(text):
+    assert parsed(metadata=read_json(text)).metadata is not None
 
 
 def test_metadata_nested_as_deep_as_json_can_be_read_is_refused_like_any_other():
     deep = "[" * 900 + "]" * 900
-    assert "nested too deep" in refusal(metadata=read_json(f'{{"a":{deep}}}'))
-    assert "Python list" in refusal(metadata=read_json(f'{{"__type__":{deep},"__value__":1}}'))
+    assert "nested too deep" in refusal(FIELDS | {"metadata": read_json(f'{{"a":{deep}}}')})
+    assert "Python list" in refusal(FIELDS | {"metadata": read_json(f'{{"__type__":{deep},"__value__":1}}')})
 
 
 def test_metadata_is_measured_in_bytes_of_its_canonical_text():
     fits = MAX_METADATA_BYTES - len('{"a":""}')
     assert len(parsed(metadata={"a": "x" * fits}).metadata) == MAX_METADATA_BYTES
-    assert f"at most {MAX_METADATA_BYTES} bytes" in refusal(metadata={"a": "x" * (fits + 1)})
+    assert f"at most {MAX_METADATA_BYTES} bytes" in refusal(FIELDS | {"metadata": {"a": "x" * (fits + 1)}})
     assert parsed(metadata={"a": "é" * (fits // 2)}).metadata
-    assert f"at most {MAX_METADATA_BYTES} bytes" in refusal(metadata={"a": "é" * (fits // 2 + 1)})
-
-
-@pytest.mark.parametrize(
-    ("text", "canonical"),
-    [
-        ('{"b":1,"a":2,"A":3,"é":4,"Z":5}', '{"A":3,"Z":5,"a":2,"b":1,"é":4}'),
-        ('{"\ue000":1,"\U0001f389":2}', '{"\ue000":1,"\U0001f389":2}'),  # by code point, not by UTF-16
-        ("[1.0, 1.50, -0, -0.0, 0.00, 1E2, 1e+2, 12e-1, 0e99, -1.10]", "[1,1.5,0,0,0,100,100,1.2,0,-1.1]"),
-        ("0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
-        ("1e400", "1" + "0" * 400),
-        ("1e-400", "0." + "0" * 399 + "1"),
-        (' { "a" : [ ] , "b" : { } , "c" : [ null , true , false ] } ', '{"a":[],"b":{},"c":[null,true,false]}'),
-        (
-            '"\\u00e9 e\\u0301 \\/ \\n \\u001f \\u007f \\u2028 \\ud83c\\udf89"',
-            '"é e\u0301 / \\n \\u001f \x7f \u2028 🎉"',
-        ),
-        ("123456789012345678901234567890123456789", "123456789012345678901234567890123456789"),
-    ],
-)
-def test_a_value_has_one_text(text, canonical):
-    assert write_json(read_json(text)) == canonical
-    assert write_json(read_json(canonical)) == canonical
-
-
-def test_a_python_float_is_written_as_it_reads():
-    assert write_json([0.1, 1e22, 1.0, -0.0]) == "[0.1,10000000000000000000000,1,0]"
-
-
-def test_a_text_that_is_json_already_goes_in_as_it_is():
-    assert write_json({"a": JsonText('{"n":1.50}')}) == '{"a":{"n":1.50}}'
-
-
-def test_without_sorting_keys_stay_as_they_came():
-    assert write_json({"b": 1, "a": {"d": 1, "c": 2}}, sort_keys=False) == '{"b":1,"a":{"d":1,"c":2}}'
-
-
-@pytest.mark.parametrize("value", [{1: 2}, {"a": {None: 1}}, {1: 1, "a": 1}, {"a": {1, 2}}, [b"x"], object()])
-def test_what_json_does_not_have_is_refused(value):
-    with pytest.raises(NotCanonical):
-        write_json(value)
-
-
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**40), 10**40)
-    | st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**30), max_value=10**30)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")), inner, max_size=4
-        )
-    ),
-    max_leaves=15,
-)
-
-
-def same(one, other):
-    """Equal as JSON: 1 is 1.0, but never True."""
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, bool | str | None):
-        return type(one) is type(other) and one == other
-    exact = Decimal(repr(one)) if isinstance(one, float) else Decimal(one)
-    return not isinstance(other, bool | str | None) and exact == other
-
-
-@settings(repeatable, max_examples=200)
-@given(json_values)
-def test_the_canonical_text_says_the_value_and_only_it(value):
-    """Read back it is the same value, written again the same text, and any JSON reader agrees it is JSON."""
-    text = write_json(value)
-    assert same(value, read_json(text))
-    assert write_json(read_json(text)) == text
-    json.loads(text)
+    assert f"at most {MAX_METADATA_BYTES} bytes" in refusal(FIELDS | {"metadata": {"a": "é" * (fits // 2 + 1)}})
 
 
 any_field = st.one_of(
@@ -359,9 +342,6 @@ def test_whatever_is_sent_is_an_event_or_refused_in_one_short_sentence(data, mos
         assert parse_event(read_json(event_json(event)), max_amount=10**20) == event
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=128)
-
-
 @settings(repeatable, max_examples=100)
 @given(
     st.sampled_from([Accrual, Burn]),
@@ -372,13 +352,13 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x0
     st.none() | st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001
     st.none() | st.dictionaries(texts, json_values, max_size=3),
 )
-def test_an_event_sent_as_its_json_is_the_same_event(model, user, units, key, what, moment, metadata):
+def test_an_event_sent_as_its_json_is_the_same_event(model, user, units, key, purpose, occurred_at, metadata):
     fields = {
         "user_id": user,
         "amount": f"{units // 10**18}.{units % 10**18:018d}",
         "idempotency_key": key,
-        "source" if model is Accrual else "action": what,
-        "occurred_at": moment,
+        "source" if model is Accrual else "action": purpose,
+        "occurred_at": occurred_at,
     }
     try:
         event = model(**fields, metadata=metadata)
@@ -387,13 +367,3 @@ def test_an_event_sent_as_its_json_is_the_same_event(model, user, units, key, wh
     sent = event_json(event)
     assert parse_event(read_json(sent), max_amount=10**20) == event
     assert event_json(parse_event(read_json(sent))) == sent
-
-
-@pytest.mark.parametrize("number", ["1.50", "-0", "1E+3", "0E-9", "1E-18", "100", "-0.10"])
-def test_a_plain_number_has_no_exponent_no_trailing_zeros_and_no_negative_zero(number):
-    text = plain_number(Decimal(number))
-    assert Decimal(text) == Decimal(number)
-    assert "E" not in text
-    assert text != "-0"
-    assert not ("." in text and text.endswith(("0", ".")))
-    assert MAX_EXPONENT == 400

@@ -1,14 +1,14 @@
-"""A pytest plugin for kombu's own tests: puts our transport where they look for kombu's, before they do."""
+"""A pytest plugin for kombu's own tests: replaces kombu's Redis transport by ours before they import it."""
 
 import kombu.transport.redis as stock
 
-from worker.transport import channel as transport
-from worker.transport import poller as polling
-from worker.transport import qos as unacked
+from worker.transport.channel import Channel, SentinelChannel, SentinelTransport, Transport
+from worker.transport.poller import Poller
+from worker.transport.qos import QoS
 
-stock.QoS = unacked.QoS
-stock.Channel = transport.Channel
-stock.SentinelChannel = transport.SentinelChannel
-stock.MultiChannelPoller = polling.Poller
-stock.Transport = transport.Transport
-stock.SentinelTransport = transport.SentinelTransport
+stock.QoS = QoS
+stock.Channel = Channel
+stock.SentinelChannel = SentinelChannel
+stock.MultiChannelPoller = Poller
+stock.Transport = Transport
+stock.SentinelTransport = SentinelTransport

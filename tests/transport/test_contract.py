@@ -1,7 +1,8 @@
-"""Every private member of kombu, redis-py and Celery that we lean on: a new release of them fails here first."""
+"""Every private member of kombu, redis-py and Celery that the worker relies on: a new release fails here first."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 from importlib.metadata import version
 
@@ -12,11 +13,11 @@ from kombu.transport import redis as stock
 from kombu.transport.virtual import base
 from redis.connection import AbstractConnection
 
-from worker.transport import channel as transport
-from worker.transport import poller as polling
-from worker.transport import qos as unacked
+from tests.kit import consumer
+from worker import transport
+from worker.transport import channel, fetcher, poller, qos
 
-#: Methods that we override or call, with the parameters we count on.
+#: Methods that are overridden or called, with the parameters that this relies on.
 METHODS = {
     stock.Channel: {
         "__init__": "self *args **kwargs",
@@ -28,8 +29,6 @@ METHODS = {
         "_q_for_pri": "self queue pri",
         "_get": "self queue",
         "_queue_bind": "self exchange routing_key pattern queue",
-        "_size": "self queue",
-        "_purge": "self queue",
         "_maybe_update_queues_expire": "self client queue",
         "_disconnect_pools": "self",
         "_close_clients": "self",
@@ -79,15 +78,18 @@ METHODS = {
     },
 }
 
-#: Attributes of a channel, its QoS, its poller and its transport that we read or set.
+#: Attributes that are read or set.
 CHANNEL = (
-    "_closing _in_poll _brpop_sent_at _queue_cycle _qos _expires active_queues brpop_timeout closed connection "
-    "connection_errors global_keyprefix handlers keyprefix_queue priority_steps sep unacked_index_key unacked_key "
-    "unacked_restore_interval unacked_restore_throttle visibility_timeout do_restore"
+    "_closing _in_poll _brpop_sent_at _queue_cycle _qos active_queues brpop_timeout client closed connection "
+    "connection_errors do_restore global_keyprefix handlers keyprefix_queue priority_steps sep unacked_index_key "
+    "unacked_key unacked_restore_interval unacked_restore_throttle visibility_timeout"
 )
-QOS = "_delivered _dirty _quick_ack _on_collect prefetch_count restore_at_shutdown unacked_key visibility_timeout"
-POLLER = "_channels _fd_to_chan _chan_to_sock poller"
-TRANSPORT = "_callbacks cycle client channels state"
+QOS = "_delivered _dirty _quick_ack _on_collect _vrestore_count prefetch_count restore_at_shutdown unacked_key"
+POLLER = "_channels _fd_to_chan"
+TRANSPORT = "_callbacks cycle client"
+CONNECTION = "alt hostname port virtual_host transport_options"
+MESSAGE = "_raw errors headers delivery_tag"
+ATTRIBUTES = f"{CHANNEL} {QOS} {POLLER} {TRANSPORT} {CONNECTION} {MESSAGE}".split()
 
 
 def parameters(method):
@@ -100,7 +102,7 @@ def parameters(method):
     [(owner, name, expected) for owner, methods in METHODS.items() for name, expected in methods.items()],
     ids=[f"{owner.__module__}.{owner.__name__}.{name}" for owner, methods in METHODS.items() for name in methods],
 )
-def test_a_method_we_lean_on_is_there_with_its_parameters(owner, name, expected):
+def test_a_method_that_we_rely_on_is_there_with_its_parameters(owner, name, expected):
     assert name in vars(owner), "it has moved to another class, or is gone"
     method = inspect.unwrap(getattr(owner, name))
     assert parameters(method) == expected
@@ -110,56 +112,71 @@ def test_kombu_is_the_release_this_was_written_for():
     assert version("kombu").split(".")[:2] == ["5", "7"]
 
 
-def test_a_live_channel_has_what_we_read(broker_url):
+def test_a_live_channel_has_the_attributes_that_we_rely_on(broker_url):
     with kombu.Connection(broker_url, transport="kombu.transport.redis:Transport") as connection:
-        channel = connection.default_channel
+        live = connection.default_channel
         owners = {
-            channel: CHANNEL,
-            channel.qos: QOS,
+            live: CHANNEL,
+            live.qos: QOS,
             connection.transport.cycle: POLLER,
             connection.transport: TRANSPORT,
+            connection: CONNECTION,
+            live.Message({"properties": {"delivery_tag": "t"}}, channel=live): MESSAGE,
         }
         for owner, names in owners.items():
             assert [name for name in names.split() if not hasattr(owner, name)] == []
-        assert channel.qos._delivered.restored is False
-        assert channel.handlers.keys() == {"BRPOP", "LISTEN"}
+        assert live.qos._delivered.restored is False
+        assert live.handlers.keys() == {"BRPOP", "LISTEN"}
         assert isinstance(connection.transport.cycle, stock.MultiChannelPoller)
 
 
-def test_kombu_still_writes_the_keys_and_records_that_we_share(broker_url):
-    channel, queue = stock.Channel, base.QoS
-    assert (channel.unacked_key, channel.unacked_index_key) == ("unacked", "unacked_index")
-    assert (channel.sep, channel.keyprefix_queue) == ("\x06\x16", "_kombu.binding.%s")
-    assert channel.priority_steps == [0, 3, 6, 9]
+def test_every_private_member_that_is_used_is_listed_here_and_no_other():
+    sources = [ast.parse(inspect.getsource(module)) for module in (channel, fetcher, poller, qos, transport, consumer)]
+    nodes = [node for source in sources for node in ast.walk(source)]
+    ours = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    ours |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | ours
+    methods = {name for owner in METHODS.values() for name in owner}
+    listed = {name for name in {*ATTRIBUTES, *methods} if name.startswith("_") and not name.startswith("__")}
+    private = {name for name in used - ours if name.startswith("_") and not name.startswith("__")}
+    assert private - listed == {"_transport_cache"}, "not listed"
+    assert listed - used == set(), "listed, and not used any more"
+
+
+def test_kombu_still_writes_the_keys_and_records_that_we_share():
+    kombus = stock.Channel
+    assert (kombus.unacked_key, kombus.unacked_index_key) == ("unacked", "unacked_index")
+    assert (kombus.sep, kombus.keyprefix_queue) == ("\x06\x16", "_kombu.binding.%s")
+    assert kombus.priority_steps == [0, 3, 6, 9]
     assert "dumps([message._raw, EX, RK])" in inspect.getsource(stock.QoS.append)
     assert "M, EX, RK = loads(bytes_to_str(p))" in inspect.getsource(stock.QoS.restore_by_tag)
-    assert queue.restore_at_shutdown
+    assert stock.QoS.restore_at_shutdown
 
 
-def test_kombu_still_looks_transports_up_where_we_register():
+def test_kombu_still_looks_up_transports_where_we_register_ours():
     names = ("redis", "rediss", "sentinel")
     assert set(names) <= kombu.transport.TRANSPORT_ALIASES.keys()
     assert isinstance(kombu.transport._transport_cache, dict)
 
 
-def test_kombus_redis_still_prefixes_the_first_key_of_a_script_only():
-    assert stock.GlobalKeyPrefixMixin.PREFIXED_COMPLEX_COMMANDS["EVALSHA"] == {"args_start": 2, "args_end": 3}
-
-
-def test_we_add_no_name_that_kombu_uses_for_something_else():
-    """A method of ours that happened to be called like an attribute of kombu's would break it silently."""
-    ours = {
-        stock.Channel: (transport.Channel,),
-        stock.QoS: (unacked.QoS,),
-        stock.MultiChannelPoller: (polling.Poller,),
-    }
-    meant = {"QoS", "from_transport_options", "Channel"} | {name for methods in METHODS.values() for name in methods}
-    for theirs, classes in ours.items():
-        source = inspect.getsource(stock) + inspect.getsource(base)
-        for each in classes:
-            added = {name for name in vars(each) if not name.startswith("__")} - meant
-            inherited = {name for name in added if hasattr(theirs, name) or f"self.{name} =" in source}
-            assert inherited == set(), each
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (stock.Channel, channel.Channel),
+        (stock.QoS, qos.QoS),
+        (stock.MultiChannelPoller, poller.Poller),
+        (stock.Transport, channel.Transport),
+    ],
+)
+def test_no_name_that_we_add_is_one_of_kombus(theirs, ours):
+    """A method of ours with the name of an attribute of kombu's would break it silently."""
+    meant = {"QoS", "from_transport_options", "Channel", "brpop_timeout"}
+    meant |= {name for methods in METHODS.values() for name in methods}
+    nodes = ast.walk(ast.parse(inspect.getsource(ours)))
+    stored = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    added = {name for name in {*vars(ours), *stored} if not name.startswith("__")} - meant - set(ATTRIBUTES)
+    source = inspect.getsource(stock) + inspect.getsource(base)
+    assert {name for name in added if hasattr(theirs, name) or f"self.{name} =" in source} == set()
 
 
 def test_a_request_can_be_accepted_without_being_active():

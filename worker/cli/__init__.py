@@ -1,61 +1,94 @@
-"""The command `tokentrail`. What its exit codes mean is in examples.py, for every --help to say.
+"""The command `tokentrail`: one module a command, named as the command, and imported when that command is run.
 
-examples.py   what every --help shows of its command in use
-failures.py   every error that a user can meet, as one sentence
-up.py         up
-demo.py       demo
-migrate.py    migrate
-adoption.py   what `migrate stamp` looks at in a database of other software
-worker.py     worker
-api.py        api
-flower.py     flower
-publish.py    publish
-reading.py    history, receipt, supply
-dead_letters.py  dead-letters
-settings.py settings
-usage.py      how a command refuses what it was given
+up.py, demo.py, migrate.py, worker.py, api.py, flower.py, publish.py, history.py, receipt.py, supply.py,
+dead_letters.py, settings.py
+             the commands
+examples.py  the examples and exit codes that --help shows
+failures.py  the sentence and exit code for an error
+usage.py     UsageError, and the message after Ctrl-C
+ledger.py    how commands reach the ledger's database
+adoption.py  how `migrate stamp` compares the tables of other software
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import platform
 import sys
 from importlib.metadata import version
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from worker.cli import api, dead_letters, demo, flower, migrate, publish, reading, settings, up, worker
 from worker.cli.examples import show_examples
 from worker.cli.failures import explain
 from worker.schema_version import known_revision
 
+if TYPE_CHECKING:
+    from typer._click import Command, Context
+
+#: Command or group → the first sentence of its help, so that `tokentrail --help` imports none of them.
+#: `dead-letters` is the function `dead_letters` of worker/cli/dead_letters.py, or the group `app` there.
+COMMANDS: Final = {
+    "up": "Run PostgreSQL, Valkey, a worker, the API and Flower here, until Ctrl-C.",
+    "demo": "Publish a believable token economy, wait until every event is decided, and show the books.",
+    "migrate": "Bring the database's schema up to date.",
+    "worker": "Apply events until SIGTERM or SIGINT; the batch in progress is finished first.",
+    "api": "Serve the transaction history over HTTP until SIGINT or SIGTERM.",
+    "flower": "Serve Flower, in which operators see each event and each worker, until SIGINT or SIGTERM.",
+    "publish": "Publish events. Whatever is reported as published has been acknowledged by Redis.",
+    "history": "Show a user's records or rejections, newest first.",
+    "receipt": "Show what became of an event: applied, rejected, dead-lettered or unknown.",
+    "supply": "Show how many tokens were issued and burned, and how many circulate.",
+    "dead-letters": "List dead letters, replay or discard them, and purge their bodies.",
+    "settings": "Show every setting, its value with secrets masked, and where the value comes from.",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Lists COMMANDS without importing them; resolves the one that is run to the real command."""
+
+    def list_commands(self, ctx: Context) -> list[str]:  # noqa: ARG002 - typer's signature
+        return list(COMMANDS)
+
+    def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, None if name is None or command is None else load(name), rest
+
+
+def load(name: str) -> Command:
+    """Import the module of a command or group, and build the command."""
+    module_name = name.replace("-", "_")
+    module = importlib.import_module(f"worker.cli.{module_name}")
+    program = typer.Typer()
+    program.callback()(lambda: None)  # else typer takes an only command for the whole program
+    if hasattr(module, "app"):
+        program.add_typer(module.app, name=name)
+    else:
+        program.command(name)(getattr(module, module_name))
+    show_examples(program)
+    return cast("TyperGroup", get_command(program)).commands[name]
+
+
 app = typer.Typer(
     name="tokentrail",
+    cls=LazyGroup,
     help="Applies token accruals and burns from Redis to PostgreSQL, with an audit trail that can be proved.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     pretty_exceptions_show_locals=False,  # should it be enabled one day: a variable may hold a password
 )
-app.command()(up.up)
-app.command()(demo.demo)
-app.add_typer(migrate.app, name="migrate")
-app.command()(worker.worker)
-app.command()(api.api)
-app.command()(flower.flower)
-app.command()(publish.publish)
-app.command()(reading.history)
-app.command()(reading.receipt)
-app.command()(reading.supply)
-app.add_typer(dead_letters.app, name="dead-letters")
-app.command("settings")(settings.show)
+for _name, _summary in COMMANDS.items():
+    app.command(_name, help=_summary)(lambda: None)
 show_examples(app)
 
 
-def _say_version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"tokentrail {version('tokentrail')}, schema {known_revision()}, Python {platform.python_version()}")
         raise typer.Exit
@@ -64,36 +97,36 @@ def _say_version(asked: bool) -> None:
 @app.callback()
 def _program(
     _: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """The options of `tokentrail` itself."""
 
 
 def main() -> NoReturn:
-    """Run the command line and exit. Errors a user can meet are one sentence on standard error, never a traceback.
+    """Run the command line and exit. An error that a user can meet is one sentence on standard error, no traceback.
 
     Ctrl-C is exit code 130, by typer.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None when it is closed
-            stream.reconfigure(errors="backslashreplace")  # a producer's text may be more than a terminal can say
+            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character of an event
     try:
         code = app(prog_name="tokentrail", standalone_mode=False)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where what goes wrong is still told
+            sys.stdout.flush()  # here, where an error is still reported
     except Exception as error:
         sentence, code = explain(error)
         if sentence is None:
             raise
-        if sentence:  # empty when all there was to say is the help
+        if sentence:  # empty when only help was printed
             print(f"tokentrail: {sentence}", file=sys.stderr)  # noqa: T201 - the answer to a person
-        _give_up_output()
+        _discard_output()
     sys.exit(code or 0)
 
 
-def _give_up_output() -> None:
-    """Throw away what standard output does not take: Python would try again at exit, and exit with 120."""
+def _discard_output() -> None:
+    """Drop what standard output did not take: Python would try again at exit, and exit with 120."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`tokentrail api`: the read endpoint."""
+"""`tokentrail api`: the HTTP API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
+from worker import log
 from worker.config import load_settings
+from worker.listening import CannotListen
+from worker.read.api import serve
 from worker.readiness import NotReady
 
 
@@ -17,14 +20,9 @@ def api(
     ] = None,
 ) -> None:
     """Serve the transaction history over HTTP until SIGINT or SIGTERM."""
-    # Imported here: no other command shall wait for a web framework.
-    from worker import log  # noqa: PLC0415
-    from worker.listening import CannotListen  # noqa: PLC0415
-    from worker.read.api import serve  # noqa: PLC0415
-
-    found = load_settings()
-    log.set_up(found)
+    settings = load_settings()
+    log.set_up(settings)
     try:
-        serve(found, host or found.api_host, port or found.api_port)
+        serve(settings, host or settings.api_host, port or settings.api_port)
     except CannotListen as error:
         raise NotReady(str(error)) from error

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from worker.cli.usage import UsageError
+from worker.config import load_settings
+from worker.local.demo import Economy, run_demo, run_on_throw_away_servers, show
+from worker.output import console
 
 _MAX_RUN_LENGTH = 40  # characters
 
@@ -26,11 +29,6 @@ def demo(
     Uses the servers of the settings or of a running `tokentrail up`; without either, it starts throw-away servers and
     a worker.
     """
-    # Imported here: no other command needs these.
-    from worker.config import load_settings  # noqa: PLC0415
-    from worker.local.demo import Economy, run_demo, run_on_throw_away_servers, show  # noqa: PLC0415
-    from worker.output import console  # noqa: PLC0415
-
     if run is not None and not (run.isascii() and run.isalnum() and len(run) <= _MAX_RUN_LENGTH):
         raise UsageError(f"--run must be 1 to {_MAX_RUN_LENGTH} ASCII letters and digits.")
     economy = Economy(seed, run or secrets.token_hex(3), events)

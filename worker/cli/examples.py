@@ -1,4 +1,4 @@
-"""What `--help` shows of each command and group in use."""
+"""The examples that `--help` shows for each command and group."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ if TYPE_CHECKING:
 
     import typer
 
-EXIT_CODES: Final = (
-    "Exit codes: 0 done, 1 something failed or is away, 2 the command or a setting is wrong, 130 Ctrl-C."
-)
+EXIT_CODES: Final = "Exit codes: 0 done, 1 failed or a server is unreachable, 2 bad command or setting, 130 Ctrl-C."
 
-#: Command or group → how it is called, one or several ways; the first is the program itself. A test holds that each of
-#: them is here, and that the command line can read every example; it runs none.
+#: Command or group → one or several calls; the first entry is the program itself. A test checks that every command is
+#: here, and that the command line parses every example; it runs none.
 EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "": (
         "tokentrail up --demo",
@@ -57,7 +55,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def show_examples(app: typer.Typer) -> None:
-    """Put its examples at the end of every help, and the exit codes at the end of the first page."""
+    """Put examples at the end of every help text, and the exit codes at the end of the program's."""
     app.info.epilog = f"{_epilog('')}\n\n{EXIT_CODES}"
     _show(app, "")
 
@@ -79,5 +77,5 @@ def _name(command: typer.models.CommandInfo) -> str:
 def _epilog(name: str) -> str | None:
     if name not in EXAMPLES:
         return None
-    # An empty line stands for a line's end.
+    # typer joins lines to paragraphs; an empty line keeps them apart.
     return "\n\n".join(["Examples:" if len(EXAMPLES[name]) > 1 else "Example:", *EXAMPLES[name]])

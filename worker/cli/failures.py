@@ -1,4 +1,4 @@
-"""Every error that a user can meet, as one sentence and an exit code."""
+"""The one sentence and the exit code for every error that a user can meet."""
 
 from __future__ import annotations
 
@@ -8,100 +8,75 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-import psycopg
 import typer
-from redis.exceptions import RedisError
-from sqlalchemy.exc import DBAPIError
 
-from schema.publisher import PublishError
 from schema.text import one_line_error
-from worker.config import HOME, ConfigError
-from worker.files import UntrustedFileError
-from worker.local.demo import DemoError
-from worker.local.embedded import EmbeddedError
-from worker.local.up import UpError
-from worker.readiness import NotReady, postgresql_unreachable
-from worker.schema_version import SchemaError
+from worker.config import HOME
+from worker.errors import TokentrailError
 
-FAILED = 1
-USAGE = 2
+FAILED: Final = 1  # exit code
 
-#: What is wrong with the machine's files, and not with us.
-_OF_THE_FILES: Final = {
-    errno.ENOSPC: "free some space there, or choose another place",
-    errno.EDQUOT: "free some space there, or choose another place",
-    errno.EROFS: "choose a place that can be written to",
-    errno.EACCES: "choose a place that you may write to",
-    errno.EPERM: "choose a place that you may write to",
-    errno.ENOTDIR: "choose a place that is a folder",
-    errno.EEXIST: "choose a place that is a folder",
-    errno.ENOENT: "choose a place that is there",
+#: Of OSErrors without a file: this machine has no more disk, open files, processes or memory for the command.
+EXHAUSTED: Final = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
+
+#: Beginning of a SQLSTATE → what to do.
+ADVICE_BY_SQLSTATE: Final = {
+    "26000": "Is DATABASE_URL a pooler in transaction mode? tokentrail needs session mode",
+    "53100": "Free some space on its disk",
+    "25006": "It is a read-only standby: name the primary in DATABASE_URL",
+    "42501": "Grant that right to the user of DATABASE_URL",
+    "42P01": "The schema is not as `tokentrail migrate` left it: restore what is missing",
+    "42703": "The schema is not as `tokentrail migrate` left it: restore what is missing",
+    "57014": "The statement took too long: raise TOKENTRAIL_STATEMENT_TIMEOUT",
+    "40": "Another transaction was in the way: try again",
+    "53": "Give PostgreSQL more memory or connections, or try again later",
+    "55P03": "Another transaction holds the lock: try again",
+    "57": "Try again",
 }
-
-#: What the machine, or our share of it, has no more of.
-_OF_THE_MACHINE: Final = {
-    errno.EMFILE: "open files: raise the limit (ulimit -n)",
-    errno.ENFILE: "open files: stop something else that runs here",
-    errno.EAGAIN: "processes: raise the limit (ulimit -u), or stop something else that runs here",
-    errno.ENOMEM: "memory: stop something else that runs here, or give it more",
-}
-
-#: Beginnings of SQLSTATEs, and what helps.
-_OF_POSTGRESQL: Final = {
-    "53100": "free some space on its disk",
-    "53": "it has too little memory or too few connections, so give it more or try again later",
-    "40": "others were in its way, so try again",
-    "42P01": "the schema is not as `tokentrail migrate` left it, so bring back what is missing",
-    "42703": "the schema is not as `tokentrail migrate` left it, so bring back what is missing",
-    "25006": "it is a read-only standby, so name the primary in DATABASE_URL",
-    "42501": "give the user of DATABASE_URL that right",
-    "55P03": "something else holds the lock, so try again",
-    "57014": "it took too long, so raise TOKENTRAIL_STATEMENT_TIMEOUT",
-    "57": "it was interrupted, so try again",
-}
-
-_OTHERWISE: Final = "its log has the statement and more, so mend what that names, and try again"
-
-#: Their messages are sentences already.
-_TOLD = (PublishError, EmbeddedError, DemoError, SchemaError, UpError, NotReady, UntrustedFileError)
+DEFAULT_ADVICE: Final = "See its log for the statement"
 
 
 def explain(error: Exception) -> tuple[str | None, int]:
-    """The sentence for `error`, None when it is a bug and wants its traceback, and the exit code."""
-    if isinstance(error, ConfigError):
-        return str(error), USAGE
+    """The sentence for `error`, None for a bug, which deserves its traceback, and the exit code."""
+    if isinstance(error, TokentrailError):
+        return str(error), error.exit_code
     if isinstance(error, typer.TyperException):  # the command line was wrong
         return error.format_message(), error.exit_code
-    return _failure(error), FAILED
+    if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has ended
+        return "", FAILED
+    if isinstance(error, OSError):
+        return _system_failure(error), FAILED
+    return _server_failure(error), FAILED
 
 
-def _failure(error: Exception) -> str | None:
-    if isinstance(error, _TOLD):
-        return str(error)
-    if isinstance(error, psycopg.Error | DBAPIError):
-        return _of_postgresql((isinstance(error, DBAPIError) and error.orig) or error)
-    if isinstance(error, RedisError):
-        return f"Redis said no ({one_line_error(error)}): check that BROKER_URL names the right one."
-    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
-        return ""
-    return _of_the_machine(error) if isinstance(error, OSError) else None
-
-
-def _of_the_machine(error: OSError) -> str | None:
-    if scarce := _OF_THE_MACHINE.get(error.errno or 0):
-        return f"The machine gives us no more {scarce}."
-    advice = _OF_THE_FILES.get(error.errno or 0)
+def _system_failure(error: OSError) -> str | None:
+    """The system's own sentence, the file, and the setting that names another place for it."""
     if error.filename is None:
-        return advice and f"Cannot write ({error.strerror}): {advice}."
+        if error.errno not in EXHAUSTED:
+            return None
+        return f"{error.strerror}: free what this machine has too little of, or raise its limits."
     path = Path(os.fsdecode(error.filename)).absolute()
     places = {"TOKENTRAIL_HOME": HOME.absolute(), "TMPDIR": Path(tempfile.tempdir or os.devnull)}
-    named = next((f", {name} names it" for name, place in places.items() if place in [path, *path.parents]), "")
-    return f"Cannot use {path} ({error.strerror}): {advice or 'choose another place'}{named}."
+    setting = next((f" with {name}" for name, place in places.items() if place in [path, *path.parents]), "")
+    return f"Cannot use {path} ({error.strerror}): fix that, or choose another place{setting}."
 
 
-def _of_postgresql(error: BaseException) -> str:
-    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:  # no server has answered
-        return postgresql_unreachable(error)
-    state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
-    advice = next((advice for start, advice in _OF_POSTGRESQL.items() if state.startswith(start)), _OTHERWISE)
-    return f"PostgreSQL said no ({one_line_error(error)}): {advice}."
+def _server_failure(error: Exception) -> str | None:
+    """Imports the clients of the servers only now: a command that needs none must not wait for them."""
+    import psycopg  # noqa: PLC0415
+    from redis.exceptions import RedisError  # noqa: PLC0415
+    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
+
+    from schema.publisher import PublishError  # noqa: PLC0415
+    from worker.readiness import postgresql_unreachable  # noqa: PLC0415
+
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(cause, psycopg.OperationalError) and cause.sqlstate is None:
+        return postgresql_unreachable(cause)
+    if isinstance(cause, psycopg.Error):
+        state = cause.sqlstate or ""
+        advice = next((text for start, text in ADVICE_BY_SQLSTATE.items() if state.startswith(start)), DEFAULT_ADVICE)
+        return f"PostgreSQL refused ({one_line_error(cause)}). {advice}."
+    if isinstance(error, RedisError):
+        return f"Redis refused ({one_line_error(error)}): check that BROKER_URL names the right one."
+    return str(error) if isinstance(error, PublishError) else None

@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 
     from schema.events import Event
     from schema.publisher import Publisher
-    from worker.config import Settings
 
-_SHOWN_ERRORS: Final = 10
-_LINES_A_STEP: Final = 500  # of the bar
+_MAX_ERRORS: Final = 10  # wrong lines that are listed
+_LINES_PER_STEP: Final = 500  # of the progress bar
 
 
 def publish(
@@ -34,24 +33,28 @@ def publish(
         typer.Argument(help='Events as JSON lines, each {"type": "accrual" or "burn", …}; - is standard input.'),
     ] = None,
     type_: Annotated[str | None, typer.Option("--type", help="accrual or burn.", rich_help_panel="One event")] = None,
-    user: Annotated[str | None, typer.Option(help="Whose tokens.", rich_help_panel="One event")] = None,
-    amount: Annotated[str | None, typer.Option(help="How many, such as 12.5.", rich_help_panel="One event")] = None,
+    user: Annotated[str | None, typer.Option(help="The user's ID.", rich_help_panel="One event")] = None,
+    amount: Annotated[str | None, typer.Option(help="Tokens, such as 12.5.", rich_help_panel="One event")] = None,
     key: Annotated[
         str | None,
-        typer.Option(help="Idempotency key; without one it is made up and shown.", rich_help_panel="One event"),
+        typer.Option(help="Idempotency key. Default: a new one, which is printed.", rich_help_panel="One event"),
     ] = None,
-    source: Annotated[str | None, typer.Option(help="Of an accrual: where from.", rich_help_panel="One event")] = None,
-    action: Annotated[str | None, typer.Option(help="Of a burn: what for.", rich_help_panel="One event")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Of an accrual: where the tokens come from.", rich_help_panel="One event")
+    ] = None,
+    action: Annotated[
+        str | None, typer.Option(help="Of a burn: what the tokens pay for.", rich_help_panel="One event")
+    ] = None,
     occurred_at: Annotated[
-        str | None, typer.Option(help="When, such as 2026-01-31T12:00:00Z.", rich_help_panel="One event")
+        str | None, typer.Option(help="When it happened, such as 2026-01-31T12:00:00Z.", rich_help_panel="One event")
     ] = None,
     metadata: Annotated[str | None, typer.Option(help="A JSON object.", rich_help_panel="One event")] = None,
     lanes: Annotated[int, typer.Option(min=0, max=9999, help="Spread over this many lanes of the queue.")] = 0,
     bulk: Annotated[bool, typer.Option("--bulk", help="Send a file's events 500 to a message.")] = False,
 ) -> None:
-    """Publish events: what this says was published, Redis has acknowledged.
+    """Publish events. Whatever is reported as published has been acknowledged by Redis.
 
-    A file is checked as a whole first; when a line is wrong nothing is sent.
+    A whole file is checked first; when a line is wrong, nothing is sent.
     """
     fields = {
         "type": type_,
@@ -63,30 +66,31 @@ def publish(
         "occurred_at": occurred_at,
         "metadata": metadata,
     }
-    given = {name: value for name, value in fields.items() if value is not None}
-    if (file is None) == (not given):
+    options = {name: value for name, value in fields.items() if value is not None}
+    if (file is None) == (not options):
         raise UsageError("Give either a FILE of events or one event with --type, --user and --amount.")
     if file is None and bulk:
         raise UsageError("--bulk is for a FILE of events.")
-    found = load_settings()
-    events = Lines(file, found.max_amount) if file is not None else None
-    single = None if events else _one_event(given, found.max_amount)
-    with found.publisher(lanes) as publisher:
-        if events is not None:
-            _publish_file(publisher, events, found, bulk=bulk, lanes=lanes)
-        elif single is not None:
-            _publish_one(publisher, single)
+    settings = load_settings()
+    if file is None:
+        event = _one_event(options, settings.max_amount)
+        with settings.publisher(lanes) as publisher:
+            _publish_one(publisher, event)
+    else:
+        events = EventFile(file, settings.max_amount)
+        with settings.publisher(lanes) as publisher:
+            _publish_file(publisher, events, settings.queue, bulk=bulk, lanes=lanes)
 
 
-def _one_event(given: dict[str, Any], max_amount: int) -> Event:
-    if "metadata" in given:
+def _one_event(fields: dict[str, Any], max_amount: int) -> Event:
+    if "metadata" in fields:
         try:
-            given["metadata"] = read_json(given["metadata"])
+            fields["metadata"] = read_json(fields["metadata"])
         except (ValueError, RecursionError) as error:
             raise UsageError(f"--metadata is not JSON: {error}.") from None
-    given.setdefault("idempotency_key", str(uuid.uuid4()))
+    fields.setdefault("idempotency_key", str(uuid.uuid4()))
     try:
-        return parse_event(given, max_amount=max_amount)
+        return parse_event(fields, max_amount=max_amount)
     except InvalidEvent as error:
         raise UsageError(str(error)) from None
 
@@ -96,45 +100,45 @@ def _publish_one(publisher: Publisher, event: Event) -> None:
         message_id = publisher.publish(event)
     except PublishError as error:
         raise PublishError(
-            f"{error} When that is mended, publish it again with --key {event.idempotency_key}: it counts once.",
+            f"{error} Once that is fixed, publish it again with --key {event.idempotency_key}: it counts once.",
             error.events,
         ) from error
     typer.echo(f"Published {event.type} with the key {event.idempotency_key} (message {message_id}).")
 
 
-def _publish_file(publisher: Publisher, events: Lines, found: Settings, *, bulk: bool, lanes: int) -> None:
+def _publish_file(publisher: Publisher, events: EventFile, queue: str, *, bulk: bool, lanes: int) -> None:
     sent = 0
 
-    def so_far() -> str:
+    def progress_so_far() -> str:
         return (
             f"at least {sent:,} of {events.count:,} events were published;"
             " publishing the whole file again is safe, for each counts once."
         )
 
-    with interruptible(so_far), progress("publishing", events.count, console(stderr=True)) as advance:
-        for run in bulks(events):
+    with interruptible(progress_so_far), progress("publishing", events.count, console(stderr=True)) as advance:
+        for some in bulks(events):
             try:
                 if bulk:
-                    publisher.publish_bulk(run)
+                    publisher.publish_bulk(some)
                 else:
-                    publisher.publish_all(run)
+                    publisher.publish_all(some)
             except PublishError as error:
                 raise PublishError(
                     f"{error} {sent + error.acknowledged:,} of {events.count:,} events were published before that;"
                     " publishing the whole file again is safe, for each counts once.",
                     error.events,
                 ) from error
-            sent += len(run)
-            advance(len(run))
+            sent += len(some)
+            advance(len(some))
     where = f"{count(lanes, 'lane')} of the queue" if lanes else "the queue"
-    typer.echo(f"Published {count(sent, 'event')} to {where} {found.queue}.")
+    typer.echo(f"Published {count(sent, 'event')} to {where} {queue}.")
 
 
-class Lines:
-    """The events of a JSON-lines file, all of them valid. Read once, so that what was checked is what is sent."""
+class EventFile:
+    """The events of a JSON-lines file, all of them valid. The file is read once: the checked events are those sent."""
 
     def __init__(self, path: str, max_amount: int) -> None:
-        """Raises UsageError that names the first lines that are wrong."""
+        """Raises UsageError, which lists the first wrong lines."""
         self._max_amount = max_amount
         try:
             self._text = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -145,25 +149,25 @@ class Lines:
         errors = []
         wrong = 0
         with progress("checking", self._text.count(b"\n"), console(stderr=True)) as advance:
-            shown = 0
+            reported = 0
             for number, line in self._lines():
                 try:
                     self._parse(line)
                     self.count += 1
                 except InvalidEvent as error:
                     wrong += 1
-                    if wrong <= _SHOWN_ERRORS:
+                    if wrong <= _MAX_ERRORS:
                         errors.append(f"line {number}: {error}")
-                if number - shown >= _LINES_A_STEP:
-                    advance(number - shown)
-                    shown = number
+                if number - reported >= _LINES_PER_STEP:
+                    advance(number - reported)
+                    reported = number
         if wrong:
-            more = f"\n  and {wrong - _SHOWN_ERRORS:,} more" if wrong > _SHOWN_ERRORS else ""
-            what = "lines are no events" if wrong > 1 else "line is no event"
+            more = f"\n  and {wrong - _MAX_ERRORS:,} more" if wrong > _MAX_ERRORS else ""
+            lines = "lines are not events" if wrong > 1 else "line is not an event"
             listed = "\n  ".join(errors)
-            raise UsageError(f"Nothing was sent: {wrong:,} {what}:\n  {listed}{more}")
+            raise UsageError(f"Nothing was sent: {wrong:,} {lines}:\n  {listed}{more}")
         if not self.count:
-            raise UsageError(f"{path} holds no events.")
+            raise UsageError(f"{path} contains no events.")
 
     def __iter__(self) -> Iterator[Event]:
         for _, line in self._lines():

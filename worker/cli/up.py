@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from worker.local import up as system
+
 
 def up(
     demo: Annotated[bool, typer.Option("--demo", help="Publish the demo economy once everything runs.")] = False,
@@ -14,6 +16,4 @@ def up(
 
     With DATABASE_URL or BROKER_URL set, those servers are used instead of embedded ones.
     """
-    from worker.local import up as system  # noqa: PLC0415 - no other command needs it
-
     system.up(with_demo=demo)

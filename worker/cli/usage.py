@@ -1,4 +1,4 @@
-"""How a command refuses what it was given, and what it says when it is told to stop."""
+"""UsageError for a command that was called wrongly, and the message after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 
 class UsageError(typer.TyperException):
-    """The command cannot be carried out as it was given; nothing was done. One sentence; exit code 2."""
+    """The command cannot run as it was called; nothing was changed. The message is one sentence; exit code 2."""
 
     exit_code = 2
 
 
 @contextlib.contextmanager
-def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
-    """Say where things stand when Ctrl-C ends the block, and with it the command. Exit code 130.
+def interruptible(message: Callable[[], str]) -> Iterator[None]:
+    """When Ctrl-C ends the block, print how far the command came; exit code 130.
 
-    For what changes something: a command that only reads ends without a word.
+    For commands that change something: one that only reads ends silently.
     """
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"tokentrail: Interrupted: {sentence()}", err=True)
+        typer.echo(f"tokentrail: Interrupted: {message()}", err=True)
         raise

@@ -1,4 +1,4 @@
-"""`tokentrail worker`: Celery workers that apply events, one or several under one parent."""
+"""`tokentrail worker`: one Celery worker that applies events, or several under one parent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from worker.readiness import check_servers
 #: How every worker is started. Mingle and gossip are messages between workers, which need none; the rest is in
 #: celeryconfig.py.
 CELERY: Final = ("celery", "--quiet", "-A", "worker.app", "worker", "--without-mingle", "--without-gossip")
-#: Celery warns of running as root because messages may be pickled code. Ours are JSON, and nothing else is read.
+#: Celery warns of running as root because a pickled message is code. tokentrail accepts only JSON.
 _NO_WARNING: Final = ("-W", "ignore:You're running the worker with superuser privileges")
 _LANES: Final = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", re.ASCII)
 
@@ -25,26 +25,26 @@ _LANES: Final = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", re.ASCII
 def worker(
     processes: Annotated[int, typer.Option(min=1, max=256, help="Worker processes under one parent.")] = 1,
     lanes: Annotated[
-        str | None, typer.Option(help="Also take these lanes of the queue, such as 0-3 or 0,2.", show_default=False)
+        str | None, typer.Option(help="Also serve these lanes of the queue, such as 0-3 or 0,2.", show_default=False)
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Its name in Flower; a number is appended to each of several.", show_default=False),
+        typer.Option(help="The worker's name in Flower; each of several gets a number appended.", show_default=False),
     ] = None,
 ) -> None:
-    """Apply events until SIGTERM or SIGINT, which lets the batch under way finish.
+    """Apply events until SIGTERM or SIGINT; the batch in progress is finished first.
 
-    Several processes share one parent, which starts one that has ended again.
+    With several processes, a parent restarts any that exits.
     """
-    numbers = _lanes(lanes) if lanes is not None else []
-    found = load_settings()
-    for warning in check_servers(found):
+    numbers = _parse_lanes(lanes) if lanes is not None else []
+    settings = load_settings()
+    for warning in check_servers(settings):
         typer.echo(warning, err=True)
     name = name or f"worker-{os.getpid()}"
-    command = [sys.executable, *_NO_WARNING, "-m", *CELERY, "--loglevel", found.log_level]
+    command = [sys.executable, *_NO_WARNING, "-m", *CELERY, "--loglevel", settings.log_level]
     if numbers:
-        command += ["--queues", ",".join([found.queue, *(f"{found.queue}.{lane}" for lane in numbers)])]
-    # Celery finds its settings in ROOT; there a relative folder would name other servers than those just looked at.
+        command += ["--queues", ",".join([settings.queue, *(f"{settings.queue}.{lane}" for lane in numbers)])]
+    # Celery needs ROOT as its current folder to find celeryconfig.py; a relative TOKENTRAIL_HOME would change there.
     environment = {**os.environ, "TOKENTRAIL_HOME": str(HOME.absolute())}
     if processes == 1:
         os.chdir(ROOT)
@@ -69,13 +69,13 @@ def _supervise(children: list[Child]) -> None:
         family.stop(children, grace=None)
 
 
-def _lanes(text: str) -> list[int]:
+def _parse_lanes(text: str) -> list[int]:
     if not _LANES.fullmatch(text):
         raise UsageError("--lanes must be numbers and ranges such as 0-3 or 0,2.")
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
         if int(last or first) < int(first):
             raise UsageError(f"--lanes: {part} ends before it begins.")
-        found.update(range(int(first), int(last or first) + 1))
-    return sorted(found)
+        numbers.update(range(int(first), int(last or first) + 1))
+    return sorted(numbers)

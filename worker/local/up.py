@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.text import Text
 
 from worker.config import HOME, ROOT, load_settings
+from worker.errors import TokentrailError
 from worker.files import UntrustedFileError, open_own, read_own
 from worker.listening import CannotListen, listen
 from worker.local.embedded import EmbeddedError, make_folder, servers
@@ -47,7 +48,7 @@ _ERRORS_ONLY: Final = ("--", "--logging=error")
 _COLOURS: Final = {"up": "bold", "worker": "green", "api": "cyan", "flower": "magenta", "demo": ""}
 
 
-class UpError(Exception):
+class UpError(TokentrailError):
     """`up` cannot start or go on; the message says why."""
 
 

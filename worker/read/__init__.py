@@ -1,11 +1,12 @@
-"""Answers: what PostgreSQL holds, over HTTP and on the command line.
+"""The read side: what PostgreSQL holds, over HTTP and on the command line.
 
-api.py         the read endpoint: which address answers what
-history.py     an account's records, page by page
-rejections.py  what an account was refused for good, likewise
+api.py         the HTTP API: its endpoints and its server
+pages.py       an account's records and its rejections, page by page
 receipts.py    what became of an event
 supply.py      how many tokens there are
-problems.py    every "no" of the endpoint, as a sentence
-edge.py        what all its answers have in common
-database.py    PostgreSQL as the endpoint uses it: within a bound or not at all
+health.py      /healthz and /readyz
+problems.py    every error response of the API, as a sentence
+middleware.py  what all responses have in common
+connection.py  connections for readers, and a single read with one of its own
+database.py    the API's pool of connections, each read in bounded time
 """

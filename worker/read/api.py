@@ -1,193 +1,154 @@
-"""The read endpoint: an account's history over HTTP, its rejections and receipts, and whether this process is ready."""
+"""The HTTP API: an account's history, its rejections and receipts, and the server that answers."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import structlog
 import uvicorn
-from fastapi import Depends, FastAPI, Query, Response
-from psycopg import AsyncConnection, OperationalError
-from psycopg.errors import UndefinedTable
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from pydantic import BaseModel
 
 from schema.responses import (
     MAX_KEYS,
     MAX_WAIT,
     Answer,
     Directory,
-    Health,
     HistoryQuery,
     Receipts,
     ReceiptsQuery,
     Rejections,
     TransactionHistory,
 )
-from worker import db, schema_version
 from worker.config import Settings
 from worker.hosts import Hosts
 from worker.listening import listen
 
-from . import problems
-from .database import Database, DatabaseAway
-from .edge import Edge
-from .history import read_history
-from .receipts import await_receipts
-from .rejections import read_rejections
+from . import health, problems
+from .database import Database
+from .middleware import OuterMiddleware
+from .pages import RECORDS, REJECTIONS, read_page
+from .receipts import wait_for_receipts
 
 log = structlog.get_logger(__name__)
 
-#: Seconds the database may take to show that it is there: probes are asked often and are impatient.
-READY_WITHIN: Final = 2.0
+#: Path → its query parameters.
+QUERIES: Final[dict[str, type[BaseModel]]] = {
+    "/api/account/transaction-history": HistoryQuery,
+    "/api/account/rejections": HistoryQuery,
+    "/api/account/receipts": ReceiptsQuery,
+}
+HISTORY_PATH, REJECTIONS_PATH, RECEIPTS_PATH = QUERIES
 
-#: Bytes of a request's address and headers: a query for all the receipts one may ask for at a time, and each character
-#: of their keys four bytes, percent-encoded, and as much as uvicorn allows by itself for all else.
-LONGEST_HEAD: Final = MAX_KEYS * (200 * 12 + len("idempotencyKey=&")) + 16 * 1024
+#: Bytes of a request's URL and headers: a query for MAX_KEYS receipts, each character of a key up to four bytes and
+#: each byte three characters (%20), and uvicorn's own limit for everything else.
+MAX_HEAD_BYTES: Final = MAX_KEYS * (200 * 12 + len("idempotencyKey=&")) + 16 * 1024
 
-#: Seconds that answers under way may take to finish when the process is told to stop: longer than a receipt's wait.
-GRACE: Final = MAX_WAIT + 5
+#: Seconds that requests in progress may take when the process is to stop: longer than a receipt's wait.
+GRACE_SECONDS: Final = MAX_WAIT + 5
+
+router = APIRouter()
+_ACCOUNT: Final[dict[str, Any]] = {
+    "responses": problems.documented(422, 503),
+    "dependencies": [Depends(problems.check_query_string)],
+}
+
+
+@router.get(HISTORY_PATH, response_model=TransactionHistory, operation_id="transactionHistory", **_ACCOUNT)
+async def transaction_history(request: Request, query: Annotated[HistoryQuery, Query()]) -> Response:
+    """One page of an account's records, newest first; an unknown user has an empty history."""
+    read = partial(read_page, pages=RECORDS, user_id=query.user_id, page=query.page, limit=query.limit)
+    return _json(await _database(request).read(read))
+
+
+@router.get(REJECTIONS_PATH, response_model=Rejections, operation_id="rejections", **_ACCOUNT)
+async def rejections(request: Request, query: Annotated[HistoryQuery, Query()]) -> Response:
+    """Rejected events of an account, newest first, one page."""
+    read = partial(read_page, pages=REJECTIONS, user_id=query.user_id, page=query.page, limit=query.limit)
+    return _json(await _database(request).read(read))
+
+
+@router.get(RECEIPTS_PATH, response_model=Receipts, operation_id="receipts", **_ACCOUNT)
+async def receipts(request: Request, query: Annotated[ReceiptsQuery, Query()]) -> Response:
+    """What became of a user's events, by their keys: applied, rejected, dead-lettered, or not known yet."""
+    return _json(await wait_for_receipts(_database(request), query.user_id, query.idempotency_keys, query.wait))
+
+
+@router.get("/", response_model=Directory, operation_id="directory")
+async def directory(request: Request) -> Response:
+    """This list of endpoints."""
+    paths = request.app.openapi()["paths"]
+    described = {path: methods["get"]["description"] for path, methods in paths.items()}
+    return _json(Directory(addresses=described | {"/openapi.json": "The OpenAPI description of all of them."}))
 
 
 def create_app(settings: Settings, host: str | None = None) -> FastAPI:
-    """The application, which may be asked by the name `host` that it listens on.
+    """The application, which also answers to the name `host` that it listens on.
 
-    Raises ConfigError when no database is set; a database that is away is no reason to fail.
+    Raises ConfigError when no database is set; an unreachable one is no reason to fail.
     """
-    url = settings.database()
-    database = Database(url)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with database.opened():
-            yield
-
     app = FastAPI(
         title="tokentrail",
         version=version("tokentrail"),
         description="The audit trail of every token movement, newest first.",
-        lifespan=lifespan,
-        docs_url=None,  # its page would load scripts from a content network: /openapi.json is for your own viewer
+        lifespan=_lifespan,
+        docs_url=None,  # FastAPI's page loads scripts from a content network; use your own viewer for /openapi.json
         redoc_url=None,
         redirect_slashes=False,
         separate_input_output_schemas=False,
     )
-    problems.install(app)
-    app.add_middleware(Edge, hosts=Hosts([host or settings.api_host, *settings.host_names()]))
-
-    @app.get(
-        problems.HISTORY,
-        response_model=TransactionHistory,
-        responses=problems.documented(422, 503),
-        dependencies=[Depends(problems.check_query_string)],
-        operation_id="transactionHistory",
-    )
-    async def transaction_history(query: Annotated[HistoryQuery, Query()]) -> Response:
-        """One page of the account's records, newest first; an unknown user has an empty history."""
-        ask = partial(read_history, user_id=query.user_id, page=query.page, limit=query.limit)
-        return _json(await database.read(ask))
-
-    @app.get(
-        problems.REJECTIONS,
-        response_model=Rejections,
-        responses=problems.documented(422, 503),
-        dependencies=[Depends(problems.check_query_string)],
-        operation_id="rejections",
-    )
-    async def rejections(query: Annotated[HistoryQuery, Query()]) -> Response:
-        """One page of what the account was refused for good, newest first."""
-        ask = partial(read_rejections, user_id=query.user_id, page=query.page, limit=query.limit)
-        return _json(await database.read(ask))
-
-    @app.get(
-        problems.RECEIPTS,
-        response_model=Receipts,
-        responses=problems.documented(422, 503),
-        dependencies=[Depends(problems.check_query_string)],
-        operation_id="receipts",
-    )
-    async def receipts(query: Annotated[ReceiptsQuery, Query()]) -> Response:
-        """What became of a user's events, by their keys: applied, rejected, dead-lettered, or not known yet."""
-        return _json(await await_receipts(database, query.user_id, query.idempotency_keys, query.wait))
-
-    @app.get("/", response_model=Directory, operation_id="directory")
-    async def directory() -> Response:
-        """What there is to ask for: whoever opens the bare address in a browser looks for that."""
-        described = {path: methods["get"]["description"] for path, methods in app.openapi()["paths"].items()}
-        return _json(Directory(addresses=described | {"/openapi.json": "All of this for programs, with parameters."}))
-
-    @app.get("/healthz", response_model=Health, operation_id="healthz")
-    async def healthz() -> Response:
-        """This process is alive; it asks no one else."""
-        return _json(Health(status="ok"))
-
-    known = schema_version.known_revision()
-    warned: set[str | None] = set()
-
-    @app.get("/readyz", response_model=Health, responses=problems.documented(503), operation_id="readyz")
-    async def readyz() -> Response:
-        """The database answers, is new enough, and is migrated to what this code knows."""
-        revision = await database.read(_revision, READY_WITHIN)
-        if revision != known:
-            newer = await asyncio.to_thread(_check_schema, settings)  # raises the sentence, unless the schema is newer
-            if newer and revision not in warned:  # once, and not whenever somebody asks
-                warned.add(revision)
-                log.warning("the schema is newer than this code, answering from it", reason=newer)
-        return _json(Health(status="ready"))
-
+    app.state.database = Database(settings.database())
+    app.include_router(router)
+    app.include_router(health.router(app.state.database, settings))
+    problems.install(app, QUERIES)
+    app.add_middleware(OuterMiddleware, hosts=Hosts([host or settings.api_host, *settings.host_names()]))
     return app
 
 
 def serve(settings: Settings, host: str, port: int) -> None:
-    """Answer on this address until SIGINT or SIGTERM; answers under way are finished first.
+    """Answer on this address until SIGINT or SIGTERM; requests in progress are answered first.
 
-    Raises CannotListen when the address is not to be had, ConfigError when no database is set.
+    Raises CannotListen when the address cannot be used, ConfigError when no database is set.
     """
     app = create_app(settings, host)
-    # The pool speaks of every attempt to connect; we speak of every outage, once.
+    # The pool logs every attempt to connect; we log every outage, once.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
-    with listen(host, port) as line:
-        shown = f"[{host}]" if ":" in host else host
-        log.info("the API listens", url=f"http://{shown}:{line.getsockname()[1]}")
+    with listen(host, port) as listener:
+        url_host = f"[{host}]" if ":" in host else host
+        log.info("the API listens", url=f"http://{url_host}:{listener.getsockname()[1]}")
         config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             server_header=False,
             lifespan="on",
-            timeout_graceful_shutdown=GRACE,
-            http="h11",  # which is told here how long a request may be
-            h11_max_incomplete_event_size=LONGEST_HEAD,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            http="h11",  # the one implementation with a limit for the head of a request
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn once it has shut down
-            uvicorn.Server(config).run(sockets=[line])
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async with _database_of(app).opened():
+        yield
+
+
+def _database(request: Request) -> Database:
+    return _database_of(request.app)
+
+
+def _database_of(app: FastAPI) -> Database:
+    database: Database = app.state.database
+    return database
 
 
 def _json(answer: Answer) -> Response:
     return Response(answer.json_text().encode(), media_type="application/json")
-
-
-async def _revision(connection: AsyncConnection) -> str | None:
-    schema_version.refuse_old_server(connection)
-    try:
-        row = await (await connection.execute("SELECT version_num FROM alembic_version")).fetchone()
-    except UndefinedTable:
-        return None
-    return None if row is None else str(row[0])
-
-
-def _check_schema(settings: Settings) -> str | None:
-    """A sentence to warn with when the schema is newer.
-
-    Raises SchemaError unless this code can work with the database, DatabaseAway if it went away meanwhile.
-    """
-    impatient = settings.model_copy(update={"statement_timeout": READY_WITHIN, "lock_timeout": READY_WITHIN})
-    try:
-        with db.connect(settings.database(), impatient, name="tokentrail api") as connection:
-            return schema_version.check_schema(connection)
-    except OperationalError as error:
-        raise DatabaseAway("The database went away while it was looked at: try again in a few seconds.") from error

@@ -1,7 +1,7 @@
 """What became of an event: the answer for its user and idempotency key, wherever it ended.
 
-An outcome stands before a dead letter: a letter freezes nothing, so that an event may have been applied under its key
-since. A letter that was replayed says nothing, for its event is in the queue again.
+An outcome has precedence over a dead letter: a letter does not use up its key, so the event may have been applied
+since. A replayed letter does not count, for its event is in the queue again.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
-from psycopg import AsyncConnection, Connection
+from psycopg import AsyncConnection
 from psycopg.rows import dict_row
 
 from schema.responses import (
@@ -24,10 +25,11 @@ from schema.responses import (
     transaction,
 )
 
-from .database import Database
+if TYPE_CHECKING:
+    from .database import Database
 
-#: Each key is asked for beside its user, though there is only one: a user given once is a condition by itself, for
-#: which PostgreSQL might read all of the user's rows. For the same reason details are looked up record by record.
+#: The user is repeated beside each key: with `user_id = …` as a condition of its own, PostgreSQL might read all of the
+#: user's rows. For the same reason details are looked up record by record.
 APPLIED: Final = """
     SELECT t.user_id, t.sequence, t.type, t.amount, t.balance_before, t.balance_after, t.metadata::text AS metadata,
            t.idempotency_key, t.occurred_at, t.created_at,
@@ -43,7 +45,7 @@ REJECTED: Final = """
     JOIN rejected_event r ON r.user_id = x.u AND r.idempotency_key = x.k
 """
 
-#: Of several letters under one key an open one counts, and then the newest.
+#: The last row of a key counts: of several letters an open one, and then the newest.
 DEAD_LETTERED: Final = """
     SELECT d.user_id, d.idempotency_key, d.reason, d.detail, d.state, d.id AS dead_letter, d.last_seen_at
     FROM unnest(%(users)s::text[], %(keys)s::text[]) AS x (u, k)
@@ -51,54 +53,39 @@ DEAD_LETTERED: Final = """
     ORDER BY d.state = 'open', d.id
 """
 
-#: Seconds between two looks while a reader waits; the pause grows from the first to the last.
-FIRST_LOOK: Final = 0.05
-LAST_LOOK: Final = 0.5
+#: Between two polls while a reader waits; each pause is longer than the one before.
+MIN_POLL_SECONDS: Final = 0.05
+MAX_POLL_SECONDS: Final = 0.5
 
 Rows = list[dict[str, Any]]
 
 
 async def read_receipts(connection: AsyncConnection, user_id: str, keys: Sequence[str]) -> Receipts:
-    """The receipt of each key, in this order; three look-ups however many there are."""
-    asked = _asked(user_id, keys)
+    """The receipt of each key, in this order; three statements however many keys there are."""
+    distinct = list(dict.fromkeys(keys))
+    parameters = {"users": [user_id] * len(distinct), "keys": distinct}
     async with connection.cursor(row_factory=dict_row) as cursor:
-        found = [
-            await (await cursor.execute(statement, asked)).fetchall()
+        applied, rejected, letters = [
+            await (await cursor.execute(statement, parameters)).fetchall()
             for statement in (APPLIED, REJECTED, DEAD_LETTERED)
         ]
-    return _receipts(user_id, keys, *found)
+    return _receipts(user_id, distinct, applied, rejected, letters)
 
 
-def read_receipts_now(connection: Connection, user_id: str, keys: Sequence[str]) -> Receipts:
-    """`read_receipts` for a program without an event loop."""
-    asked = _asked(user_id, keys)
-    with connection.cursor(row_factory=dict_row) as cursor:
-        found = [cursor.execute(statement, asked).fetchall() for statement in (APPLIED, REJECTED, DEAD_LETTERED)]
-    return _receipts(user_id, keys, *found)
+async def wait_for_receipts(database: Database, user_id: str, keys: Sequence[str], seconds: float) -> Receipts:
+    """The receipts as soon as one of them is known, and after so many seconds at the latest.
 
-
-async def await_receipts(database: Database, user_id: str, keys: Sequence[str], seconds: float) -> Receipts:
-    """The receipts, as soon as one of them is known, and after so many seconds at the latest.
-
-    Who waits holds no connection meanwhile. Raises DatabaseAway at once when it is.
+    No connection is held between two polls. Raises DatabaseUnavailable without waiting.
     """
-
-    async def ask(connection: AsyncConnection) -> Receipts:
-        return await read_receipts(connection, user_id, keys)
-
-    deadline, pause = time.monotonic() + seconds, FIRST_LOOK
+    read = partial(read_receipts, user_id=user_id, keys=keys)
+    deadline, pause = time.monotonic() + seconds, MIN_POLL_SECONDS
     while True:
-        found = await database.read(ask)
-        left = deadline - time.monotonic()
-        if left <= 0 or any(receipt.status != "unknown" for receipt in found.receipts):
-            return found
-        await asyncio.sleep(min(pause, left))
-        pause = min(pause * 1.5, LAST_LOOK)
-
-
-def _asked(user_id: str, keys: Sequence[str]) -> dict[str, list[str]]:
-    distinct = list(dict.fromkeys(keys))
-    return {"users": [user_id] * len(distinct), "keys": distinct}
+        receipts = await database.read(read)
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or any(receipt.status != "unknown" for receipt in receipts.receipts):
+            return receipts
+        await asyncio.sleep(min(pause, remaining))
+        pause = min(pause * 1.5, MAX_POLL_SECONDS)
 
 
 def _receipts(user_id: str, keys: Sequence[str], applied: Rows, rejected: Rows, letters: Rows) -> Receipts:
@@ -115,6 +102,4 @@ def _receipts(user_id: str, keys: Sequence[str], applied: Rows, rejected: Rows, 
         )
         for row in applied
     }
-    return Receipts(
-        receipts=[known.get(key) or UnknownReceipt(user_id=user_id, idempotency_key=key) for key in dict.fromkeys(keys)]
-    )
+    return Receipts(receipts=[known.get(key) or UnknownReceipt(user_id=user_id, idempotency_key=key) for key in keys])

@@ -1,13 +1,13 @@
-"""How many tokens there are: what the stripes of the global balance add up to."""
+"""How many tokens there are: the sum over the stripes of the global balance."""
 
 from __future__ import annotations
 
 from decimal import Decimal
 from typing import Final, NamedTuple
 
-from psycopg import Connection
+from psycopg import AsyncConnection
 
-#: One statement, so that the numbers are of one moment, and PostgreSQL's arithmetic: Python's would round at 28 digits.
+#: One statement, so that all numbers are of one moment. PostgreSQL adds up, for Python would round at 28 digits.
 SUPPLY: Final = """
     SELECT coalesce(sum(issued), 0), coalesce(sum(burned), 0), coalesce(sum(issued - burned), 0),
            coalesce(sum(balance) FILTER (WHERE issued IS NULL), 0)
@@ -16,7 +16,7 @@ SUPPLY: Final = """
 
 
 class Supply(NamedTuple):
-    """Tokens since the trail began, all exact; `legacy` is what the global balance held before it, kept apart."""
+    """Tokens since the audit trail began, all exact. `legacy`, the balance before it, is kept apart."""
 
     issued: Decimal
     burned: Decimal
@@ -24,8 +24,8 @@ class Supply(NamedTuple):
     legacy: Decimal
 
 
-def read_supply(connection: Connection) -> Supply:
-    """The supply of this moment."""
-    row = connection.execute(SUPPLY).fetchone()
+async def read_supply(connection: AsyncConnection) -> Supply:
+    """The current supply."""
+    row = await (await connection.execute(SUPPLY)).fetchone()
     assert row is not None  # an aggregate has one row
     return Supply(*row)

@@ -118,7 +118,7 @@ class Channel(stock.Channel):
             self._flush_brpop_reauth()
         if not fetched:
             raise Empty
-        self._deliver(fetched)
+        self._deliver_fetched(fetched)
         return True
 
     def poll_lists(self) -> bool:
@@ -129,7 +129,7 @@ class Channel(stock.Channel):
         if not (self._in_poll and self.qos.can_consume()):
             return False
         fetched = self.fetcher.fetch_unwatched(self._max_messages())
-        self._deliver(fetched)
+        self._deliver_fetched(fetched)
         return bool(fetched)
 
     def _on_connection_disconnect(self, connection: Any) -> None:
@@ -180,7 +180,7 @@ class Channel(stock.Channel):
         except exceptions.OutOfMemoryError as error:
             logger.warning("Redis is full: consuming %s without storing its binding (%s).", queue, error)
 
-    def _deliver(self, fetched: list[Fetched]) -> None:
+    def _deliver_fetched(self, fetched: list[Fetched]) -> None:
         """Pass messages to their consumers. Requeues those that no consumer takes: none is there, or one raised."""
         undelivered = deque(fetched)
         try:

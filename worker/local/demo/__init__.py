@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pydantic import SecretStr
 
 from worker.config import ROOT
 from worker.db import connect
+from worker.errors import TokentrailError
 from worker.local.demo import report
 from worker.local.demo.economy import Delivery, Economy
 from worker.local.demo.report import Report, show
@@ -23,6 +25,7 @@ from worker.local.embedded import servers
 from worker.migration import migrate
 from worker.output import progress
 from worker.processes import Child
+from worker.read.connection import read_once
 from worker.schema_version import check_schema
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ _GRACE_SECONDS: Final = 10.0
 _STEP: Final = 5_000
 
 
-class DemoError(Exception):
+class DemoError(TokentrailError):
     """The demo cannot finish; the message says why, and what to do."""
 
 
@@ -103,7 +106,8 @@ def run_demo(
         seconds = time.monotonic() - began
         console.print(f"All decided {seconds:.1f} s after the first was published.")
         console.print()
-        return report.read(connection, economy, published)
+    read = partial(report.read, economy=economy, published=published)
+    return read_once(settings.database(), read, application_name="tokentrail demo")
 
 
 def _publish(publisher: Publisher, deliveries: Iterable[Delivery], total: int, console: Console) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from schema.canonical import plain_number
 from worker.output import history_table, moment, printable, supply_table, table, tokens
-from worker.read.history import read_history_now
+from worker.read.pages import RECORDS, read_page
 from worker.read.supply import Supply, read_supply
 
 if TYPE_CHECKING:
@@ -112,16 +112,16 @@ class Report(NamedTuple):
         return json.dumps(fields, default=_as_text)
 
 
-def read(connection: psycopg.Connection, economy: Economy, published: int) -> Report:
+async def read(connection: psycopg.AsyncConnection, economy: Economy, published: int) -> Report:
     """The books of this run; `published` counts its deliveries, repeated ones included."""
-    with connection.transaction():
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        outcomes = [OutcomeCount(*row) for row in connection.execute(_OUTCOMES, _key_range(economy))]
-        top_accounts = [Account(*row) for row in connection.execute(_TOP, _key_range(economy))]
-        supply = read_supply(connection)
-        held = connection.execute(_HELD).fetchone()
+    async with connection.transaction():
+        await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        outcomes = [OutcomeCount(*row) async for row in await connection.execute(_OUTCOMES, _key_range(economy))]
+        top_accounts = [Account(*row) async for row in await connection.execute(_TOP, _key_range(economy))]
+        supply = await read_supply(connection)
+        held = await (await connection.execute(_HELD)).fetchone()
         user = economy.users[0]
-        history = read_history_now(connection, user, page=1, limit=10)
+        history = await read_page(connection, RECORDS, user, page=1, limit=10)
     assert held is not None  # an aggregate has one row
     return Report(outcomes, published - economy.size, top_accounts, supply, held[0], user, history)
 

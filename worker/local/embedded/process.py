@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Final
 
+from worker.errors import TokentrailError
 from worker.files import make_own_folder, open_own, read_own
 from worker.processes import Child, exit_text
 
@@ -35,7 +36,7 @@ _PASSED_ON: Final = ("PATH", "LD_LIBRARY_PATH", "TZ")
 _OTHER_SERVERS: Final = "set DATABASE_URL and BROKER_URL to other servers"
 
 
-class EmbeddedError(Exception):
+class EmbeddedError(TokentrailError):
     """An embedded server cannot run; the message says why, what to do, and where its log is."""
 
 

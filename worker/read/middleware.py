@@ -1,4 +1,4 @@
-"""What every answer has in common: by which name it was asked for, headers, HEAD, a sentence instead of a traceback."""
+"""What all responses have in common: the host names they answer to, headers, HEAD, a sentence for a traceback."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .problems import problem
 log = structlog.get_logger(__name__)
 
 
-class Edge:
-    """The application's outermost layer: no exception passes it, and no request by a name that is not ours.
+class OuterMiddleware:
+    """The outermost layer of the application: no exception passes it, and no request to another host name.
 
-    HEAD is answered like GET, and the server leaves the body out. A history is nobody's to cache: it grows.
+    HEAD is answered like GET, and the server omits the body. No cache may keep a response, for a history grows.
     """
 
     def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
@@ -31,18 +31,18 @@ class Edge:
             await self._app(scope, receive, send)
             return
 
-        begun = False
+        started = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal begun
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 headers = MutableHeaders(scope=message)
                 headers["Cache-Control"] = "no-store"
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        # HTTP/1.0 has none; of HTTP/1.1, which no browser is below, the server has refused what has not exactly one.
+        # HTTP/1.0 has no Host header; the server refuses HTTP/1.1, which all browsers use, without exactly one.
         host = Headers(scope=scope).get("host")
         if host is not None and not self._hosts.accept(host):
             misdirected = problem(Request(scope), HTTPStatus.MISDIRECTED_REQUEST, refusal(host))
@@ -53,8 +53,8 @@ class Edge:
         try:
             await self._app(inner, receive, send_with_headers)
         except Exception:
-            log.exception("a request failed by a fault of ours", path=scope["path"])
-            if begun:
-                raise  # too late for a sentence: the server cuts the connection
-            failed = problem(Request(scope), 500, "Something is wrong on our side; it has been logged.")
-            await failed(scope, receive, send_with_headers)
+            log.exception("request failed, this is a bug", path=scope["path"])
+            if started:
+                raise  # too late for a sentence: the server closes the connection
+            response = problem(Request(scope), 500, "Internal error; it has been logged.")
+            await response(scope, receive, send_with_headers)
