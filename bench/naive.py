@@ -12,21 +12,11 @@ from decimal import Decimal
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    DateTime,
-    Identity,
-    Integer,
-    LargeBinary,
-    Numeric,
-    SmallInteger,
-    Text,
-    create_engine,
-    select,
-)
+from sqlalchemy import create_engine, select
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import DeclarativeBase, Session, mapped_column
+from sqlalchemy.orm import Session
+
+from schema.tables import Account, AccrualRecord, BurnedCredit, GlobalTokenBalance, TransactionRecord
 
 app = Celery("naive", broker=os.environ["BROKER_URL"])
 app.conf.update(
@@ -38,66 +28,8 @@ app.conf.update(
     task_serializer="json",
 )
 engine = create_engine(os.environ["DATABASE_URL"].replace("postgresql://", "postgresql+psycopg://"))
-MONEY = Numeric(38, 18)
 STRIPE = 1
 NO_HASH = bytes(32)
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Account(Base):
-    __tablename__ = "account"
-    user_id = mapped_column(Text, primary_key=True)
-    balance = mapped_column(MONEY)
-    sequence = mapped_column(BigInteger)
-    opening_balance = mapped_column(MONEY)
-    head_hash = mapped_column(LargeBinary)
-
-
-class TransactionRecord(Base):
-    __tablename__ = "transaction_record"
-    user_id = mapped_column(Text, primary_key=True)
-    sequence = mapped_column(BigInteger, primary_key=True)
-    idempotency_key = mapped_column(Text)
-    type = mapped_column(Text)
-    amount = mapped_column(MONEY)
-    balance_before = mapped_column(MONEY)
-    balance_after = mapped_column(MONEY)
-    details = mapped_column("metadata", JSON)
-    created_at = mapped_column(DateTime(timezone=True))
-    payload_hash = mapped_column(LargeBinary)
-    hash = mapped_column(LargeBinary)
-    hash_version = mapped_column(SmallInteger)
-
-
-class AccrualRecord(Base):
-    __tablename__ = "accrual_record"
-    user_id = mapped_column(Text, primary_key=True)
-    sequence = mapped_column(BigInteger, primary_key=True)
-    amount = mapped_column(MONEY)
-    source = mapped_column(Text)
-    created_at = mapped_column(DateTime(timezone=True))
-
-
-class BurnedCredit(Base):
-    __tablename__ = "burned_credit"
-    user_id = mapped_column(Text, primary_key=True)
-    id = mapped_column(BigInteger, Identity(always=True), primary_key=True)
-    sequence = mapped_column(BigInteger)
-    amount = mapped_column(MONEY)
-    action = mapped_column(Text)
-    balance_before = mapped_column(MONEY)
-    balance_after = mapped_column(MONEY)
-    created_at = mapped_column(DateTime(timezone=True))
-
-
-class GlobalTokenBalance(Base):
-    __tablename__ = "global_token_balance"
-    id = mapped_column(Integer, primary_key=True)
-    issued = mapped_column(Numeric)
-    burned = mapped_column(Numeric)
 
 
 @app.task(name="tokens.accrue")
@@ -145,6 +77,8 @@ def apply(kind: str, purpose: str, event: dict[str, Any]) -> str:
         )
         supply = session.scalar(select(GlobalTokenBalance).where(GlobalTokenBalance.id == STRIPE).with_for_update())
         assert supply is not None
+        assert supply.issued is not None
+        assert supply.burned is not None
         if kind == "accrual":
             session.add(AccrualRecord(**row, source=purpose))
             supply.issued += amount

@@ -26,6 +26,7 @@ import pytest
 import redis
 
 from tests.kit import producer as another
+from tests.kit.cli import Tokentrail
 from tests.kit.stage import Stage, Watcher
 from worker import config
 from worker.local import embedded
@@ -178,6 +179,20 @@ def broker_url(servers, _logical_databases) -> str:
     with redis.Redis.from_url(url) as client:
         client.flushdb()
     return url
+
+
+@pytest.fixture
+def tokentrail(monkeypatch, capfd) -> Tokentrail:
+    """`tokentrail("history", "ann", DATABASE_URL=url)`: exit code, standard output, standard error."""
+    return Tokentrail(monkeypatch, capfd)
+
+
+@pytest.fixture
+def own_servers(database_url, broker_url, monkeypatch) -> str:
+    """DATABASE_URL and BROKER_URL name a database and a broker of the test's own; returns the database's URL."""
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("BROKER_URL", broker_url)
+    return str(database_url)
 
 
 @pytest.fixture

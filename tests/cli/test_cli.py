@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shlex
@@ -17,29 +16,12 @@ import redis
 from schema.events import Accrual, Burn, event_json
 from schema.messages import APPLY_MANY
 from worker import config
-from worker.cli import main
 from worker.config import ROOT, load_settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
 from worker.local.embedded.process import free_port
 from worker.queue.parsing import parse_call
 from worker.schema_version import known_revision
-
-
-@pytest.fixture
-def tokentrail(monkeypatch, capsys):
-    """`tokentrail("history", "alice")`: exit code, standard output, standard error."""
-
-    def run(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["tokentrail", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        config.load_settings.cache_clear()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        printed = capsys.readouterr()
-        return exit_.value.code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 
 import psycopg
@@ -19,18 +17,18 @@ from psycopg.waiting import Wait
 from schema.broker import connect
 from schema.events import event_json
 from schema.messages import ACCRUE
+from tests.kit.cli import TOKENTRAIL, Result, started
 from tests.kit.events import accrual
 from tests.kit.servers import Broker
 from tests.kit.wait import eventually
 from worker.cli.worker import CELERY
-from worker.config import ROOT, Settings
+from worker.config import Settings
 from worker.db import connect as connect_database
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
 from worker.migration import migrate
 from worker.queue.parsing import letter_for
 
-TOKENTRAIL = (sys.executable, "-m", "worker.cli")
 INTERRUPTED = "tokentrail: Interrupted: "
 
 WAITING = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
@@ -44,30 +42,12 @@ def let_ctrl_c_through():
     signal.signal(signal.SIGINT, before)
 
 
-@contextlib.contextmanager
-def running(environment, *command):
-    """The command; killed in the end if it has not ended by then."""
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def ctrl_c(process):
     """Exit code, standard output and standard error."""
     assert process.poll() is None, "it is at something"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    return process.returncode, out, err
+    return Result(process.returncode, out, err)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +68,7 @@ def test_what_waits_for_a_server_that_says_nothing_ends_without_a_word(command):
         mute.settimeout(60)
         port = mute.getsockname()[1]
         servers = {"DATABASE_URL": f"postgresql://u@127.0.0.1:{port}/d", "BROKER_URL": f"redis://127.0.0.1:{port}/0"}
-        with running(servers, *TOKENTRAIL, *command) as process:
+        with started(*command, **servers) as process:
             connection, _ = mute.accept()
             with connection:
                 assert connection.recv(1), "it has asked"
@@ -103,12 +83,12 @@ def test_publish_says_how_much_of_a_file_was_published_and_that_all_of_it_may_be
     again = "publishing the whole file again is safe, for each counts once."
     with Broker(tmp_path / "broker") as given, given.client as broker:
         broker.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
-        with running({"BROKER_URL": given.url}, *command) as process:
+        with started(program=command, BROKER_URL=given.url) as process:
             eventually(lambda: int(broker.info("clients")["blocked_clients"]) > 0)
             said = ctrl_c(process)
         assert said == (130, "", f"{INTERRUPTED}at least 0 of 1,500 events were published; {again}\n")
         broker.execute_command("CLIENT", "UNPAUSE")
-        with running({"BROKER_URL": given.url}, *command) as process:
+        with started(program=command, BROKER_URL=given.url) as process:
             assert process.communicate(timeout=60) == ("Published 1,500 events to the queue tokens.\n", "")
 
 
@@ -120,12 +100,12 @@ def test_migrate_goes_on_where_it_was_interrupted(empty_database_url):
         psycopg.connect(empty_database_url) as reader,
     ):
         reader.execute("SELECT FROM burned_credit")
-        with running(servers, *TOKENTRAIL, "migrate") as process:
+        with started("migrate", **servers) as process:
             eventually(lambda: watcher.execute(WAITING).fetchall() or process.poll() is not None)
             said = ctrl_c(process)
     goes_on = "`tokentrail migrate` goes on from where this one came to, and workers run on meanwhile."
     assert said == (130, "", f"{INTERRUPTED}{goes_on}\n")
-    with running(servers, *TOKENTRAIL, "migrate") as process:
+    with started("migrate", **servers) as process:
         assert process.communicate(timeout=60) == ("Migrated the schema from 0001 to 0002.\n", "")
 
 
@@ -136,7 +116,7 @@ def test_migrate_says_in_a_sentence_that_its_session_was_ended(empty_database_ur
         psycopg.connect(empty_database_url) as reader,
     ):
         reader.execute("SELECT FROM burned_credit")
-        with running({"DATABASE_URL": empty_database_url}, *TOKENTRAIL, "migrate") as process:
+        with started("migrate", DATABASE_URL=empty_database_url) as process:
             end = WAITING.replace("SELECT", "SELECT pg_terminate_backend(pid)")
             eventually(lambda: watcher.execute(end).fetchall() or process.poll() is not None)
             out, err = process.communicate(timeout=30)
@@ -167,10 +147,10 @@ def test_dead_letters_say_that_the_same_may_be_done_again(database_url, broker_u
         psycopg.connect(database_url) as stranger,
     ):
         stranger.execute("SELECT FROM dead_letter FOR UPDATE")
-        with running(servers, *TOKENTRAIL, "dead-letters", *command) as process:
+        with started("dead-letters", *command, **servers) as process:
             eventually(lambda: watcher.execute(WAITING).fetchall() or process.poll() is not None)
             assert ctrl_c(process) == (130, "", f"{INTERRUPTED}{says}\n")
-    with running(servers, *TOKENTRAIL, "dead-letters", *command) as process:
+    with started("dead-letters", *command, **servers) as process:
         out, err = process.communicate(timeout=60)
     assert (out[: len(done)], err, process.returncode) == (done, "", 0)
 
@@ -179,7 +159,7 @@ def test_dead_letters_say_that_the_same_may_be_done_again(database_url, broker_u
     "program", [(*TOKENTRAIL, "worker"), (sys.executable, "-m", *CELERY)], ids=["ours", "celery's"]
 )
 def test_ctrl_c_is_how_a_worker_ends(database_url, broker_url, program):
-    with running({"DATABASE_URL": database_url, "BROKER_URL": broker_url}, *program) as process:
+    with started(program=program, DATABASE_URL=database_url, BROKER_URL=broker_url) as process:
         for line in process.stderr:
             if " ready." in line:
                 break
@@ -192,7 +172,7 @@ def test_ctrl_c_ends_a_demo(database_url, broker_url):
     """Which waits for outcomes, and no worker is there to give any."""
     with (
         connect(broker_url) as broker,
-        running({"DATABASE_URL": database_url, "BROKER_URL": broker_url}, *TOKENTRAIL, "demo") as process,
+        started("demo", DATABASE_URL=database_url, BROKER_URL=broker_url) as process,
     ):
         eventually(lambda: broker.llen("tokens") > 0 or process.poll() is not None)
         code, _, err = ctrl_c(process)

@@ -76,7 +76,9 @@ def fail():
 
 #: Each ends in an exception that nobody expects, with the password in a variable.
 PROGRAMS = {
-    "the command line": "from worker.cli import app, main\napp.command('fail')(fail)\nsys.argv[1:] = ['fail']\nmain()",
+    "the command line": (
+        "from worker.cli import main, settings\nsettings.settings = fail\nsys.argv[1:] = ['settings']\nmain()"
+    ),
     "a worker": (
         "log.set_up(load_settings())\ntry:\n    fail()\nexcept RuntimeError:\n"
         "    logging.getLogger('celery.worker').exception('Unrecoverable error')"

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import tomllib
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -30,6 +29,7 @@ from typer.testing import CliRunner
 
 from schema.events import Accrual, Burn, event_json
 from schema.messages import APPLY_MANY
+from tests.kit.http import get
 from tests.kit.servers import free_port
 from tests.kit.wait import eventually
 from worker.cli import app as cli
@@ -298,12 +298,7 @@ def test_every_block_of_python_runs_and_its_event_is_applied(system, producer, b
 
 def receipt(system, user, key):
     url = f"{system.addresses['api_url']}/api/account/receipts?userId={user}&idempotencyKey={key}"
-    with opener().open(url, timeout=10) as answer:
-        return json.load(answer)["receipts"][0]
-
-
-def opener():
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return json.loads(get(url))["receipts"][0]
 
 
 def test_the_examples_of_the_concepts_have_the_documented_outcomes(system):
@@ -375,10 +370,9 @@ def test_every_address_in_the_documents_answers(system):
     }
     assert ("README.md", "http://127.0.0.1:5555") in addresses
     for document, address in addresses:
-        with opener().open(system.with_addresses(address), timeout=10) as answer:
-            assert answer.status == 200, f"{document}: {address}"
-            if "acme-research" in address:
-                assert json.load(answer)["transactions"], f"{document}: {address} is empty"
+        body = get(system.with_addresses(address))
+        if "acme-research" in address:
+            assert json.loads(body)["transactions"], f"{document}: {address} is empty"
 
 
 def test_architecture_names_every_layer_of_imports():

@@ -6,7 +6,6 @@ a container would change is changed in their commands: names of hosts, and the p
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fnmatch
 import importlib.metadata
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from compose_spec import PyCompose
 
 from schema.events import Accrual
 from schema.publisher import Publisher
+from tests.kit.http import get
 from tests.kit.servers import free_port
 from tests.kit.wait import eventually
 from worker.local.embedded import PostgresServer, binaries, discard
@@ -326,11 +325,3 @@ def programs(folder, commands):
 def seconds(duration):
     units = {"s": 1, "m": 60}
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([sm])", duration))
-
-
-def get(url, user=None):
-    request = urllib.request.Request(url)
-    if user:
-        request.add_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
-        return answer.read().decode()

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from urllib.error import HTTPError
@@ -17,6 +16,7 @@ from urllib.error import HTTPError
 import psutil
 import pytest
 
+from tests.kit.http import get
 from tests.kit.servers import free_port
 from tests.kit.stage import LISTED
 from tests.kit.wait import PATIENCE, eventually
@@ -66,11 +66,6 @@ def have_ended(processes):
     return all(not each.is_running() or each.status() == psutil.STATUS_ZOMBIE for each in processes)
 
 
-def get(url):
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
-        return answer.read().decode()
-
-
 @pytest.fixture
 def tokentrail(tmp_path):
     """`tokentrail("up")` starts that command; all commands that a test leaves are killed."""
@@ -87,14 +82,6 @@ def tokentrail(tmp_path):
             command.process.kill()
             command.wait()
             eventually(lambda descendants=descendants: have_ended(descendants), str(descendants))
-
-
-@pytest.fixture
-def set_servers(database_url, broker_url, monkeypatch):
-    """DATABASE_URL and BROKER_URL are set; returns the database's URL."""
-    monkeypatch.setenv("DATABASE_URL", database_url)
-    monkeypatch.setenv("BROKER_URL", broker_url)
-    return database_url
 
 
 def test_up_runs_everything_and_leaves_nothing_running(tokentrail, tmp_path):
@@ -175,7 +162,7 @@ def test_a_killed_up_ends_all_its_processes_and_the_data_is_kept(tokentrail, tmp
     assert up.wait() == 0
 
 
-@pytest.mark.usefixtures("set_servers")
+@pytest.mark.usefixtures("own_servers")
 def test_up_uses_the_servers_that_are_set_and_reports_a_part_that_does_not_start(tokentrail, monkeypatch):
     monkeypatch.setenv("FLOWER_PERSISTENT", "nonsense")
     up = tokentrail("up")
@@ -196,7 +183,7 @@ class Answering(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.usefixtures("set_servers")
+@pytest.mark.usefixtures("own_servers")
 def test_a_service_whose_port_is_taken_meanwhile_moves_to_the_next(tokentrail, tmp_path, monkeypatch):
     """As by another `up` that is started at the same moment: its answers are no answers of ours."""
     port = free_port()
@@ -242,7 +229,7 @@ def test_a_service_that_finds_no_free_port_names_its_setting():
         service.move_to_free_port()
 
 
-@pytest.mark.usefixtures("set_servers")
+@pytest.mark.usefixtures("own_servers")
 def test_a_service_that_does_not_answer_in_time_stops_everything(tmp_path):
     hurried = "import worker.local.up; worker.local.up._START_SECONDS = 0; from worker.cli import main; main()"
     up = subprocess.run(
@@ -256,7 +243,7 @@ def test_a_service_that_does_not_answer_in_time_stops_everything(tmp_path):
     assert up.stderr.startswith("tokentrail: api and flower did not answer within 0 s")
 
 
-@pytest.mark.usefixtures("set_servers")
+@pytest.mark.usefixtures("own_servers")
 def test_up_makes_a_folder_that_only_its_user_can_write_in_whatever_the_umask(tmp_path):
     code = "import os; os.umask(0); from worker.cli import main; main()"
     environment = {**os.environ, "TOKENTRAIL_HOME": str(tmp_path / "new"), "TOKENTRAIL_API_HOST": "192.0.2.1"}
@@ -300,7 +287,7 @@ def test_the_demo_alone_runs_to_its_end(tokentrail):
     assert "every token is accounted for" in demo.printed.splitlines()[-1]
 
 
-@pytest.mark.usefixtures("set_servers")
+@pytest.mark.usefixtures("own_servers")
 def test_the_demo_prints_its_report_as_json(tokentrail, tmp_path):
     tokentrail("worker", "--name", "w")
     demo = subprocess.run(
@@ -319,20 +306,20 @@ def test_the_demo_prints_its_report_as_json(tokentrail, tmp_path):
     assert "Publishing 200 events" in demo.stderr
 
 
-def test_workers_under_one_parent_are_restarted_and_the_same_run_again_moves_nothing(tokentrail, set_servers):
+def test_workers_under_one_parent_are_restarted_and_the_same_run_again_moves_nothing(tokentrail, own_servers):
     workers = tokentrail("worker", "--processes", "2", "--name", "w")
     eventually(lambda: len(workers.descendants()) == 2)
 
     demo = tokentrail("demo", "--events", "300", "--run", "twice")
     assert demo.wait() == 0, demo.printed
-    before = read_once(set_servers, read_supply, application_name="tokentrail test")
+    before = read_once(own_servers, read_supply, application_name="tokentrail test")
 
     killed = workers.descendants()[0]
     killed.kill()
     workers.wait_for(f"(pid {killed.pid}) was killed by SIGKILL; restarting in 1 s")
     demo = tokentrail("demo", "--events", "300", "--run", "twice")
     assert demo.wait() == 0, demo.printed
-    assert read_once(set_servers, read_supply, application_name="tokentrail test") == before
+    assert read_once(own_servers, read_supply, application_name="tokentrail test") == before
 
     eventually(lambda: len(workers.descendants()) == 2)
     descendants = workers.descendants()
@@ -342,7 +329,7 @@ def test_workers_under_one_parent_are_restarted_and_the_same_run_again_moves_not
     assert have_ended(descendants)
 
 
-def test_workers_under_one_parent_end_when_it_is_killed(tokentrail, set_servers):
+def test_workers_under_one_parent_end_when_it_is_killed(tokentrail, own_servers):
     workers = tokentrail("worker", "--processes", "2", "--name", "w")
     eventually(lambda: len(workers.descendants()) == 2)
     descendants = workers.descendants()

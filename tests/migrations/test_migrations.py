@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,9 +15,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from tests.kit import cli
 from tests.kit.catalog import catalog
-from worker.cli import main
-from worker.config import ROOT, load_settings
+from worker.config import ROOT
 from worker.local.embedded.binaries import postgres_folder
 from worker.migration import migrate
 from worker.schema_version import SchemaError, check_schema, current_revision, known_revision
@@ -62,47 +61,12 @@ OLD_ROWS = """
 """
 
 
-def environment(url):
-    return {**os.environ, "DATABASE_URL": url, "NO_COLOR": "1"}
-
-
 def run(command, url, *arguments, cwd=ROOT):
-    return subprocess.run(
-        [*command, *arguments],
-        cwd=cwd,
-        env=environment(url),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    return cli.run(*arguments, program=command, cwd=cwd, DATABASE_URL=url, NO_COLOR="1")
 
 
-@pytest.fixture
-def tokentrail_migrate(monkeypatch, capsys):
-    """The command, in this process: exit code, standard output, standard error."""
-
-    def command(url, *arguments):
-        monkeypatch.setenv("DATABASE_URL", url)
-        monkeypatch.setattr(sys, "argv", ["tokentrail", "migrate", *arguments])
-        load_settings.cache_clear()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
-
-    return command
-
-
-@contextmanager
 def started(command, url):
-    """A migrator as a process of its own; killed in the end if it has not ended by then."""
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment(url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return cli.started(program=command, DATABASE_URL=url, NO_COLOR="1")
 
 
 def populated(url, users=20, burns=1_000):
@@ -224,12 +188,12 @@ def test_new_writes_the_next_revision_from_the_models(database_url, tmp_path):
 
     written = run(TOKENTRAIL, database_url, "new", "add_nickname", cwd=tmp_path)
 
-    assert written.returncode == 0, written.stderr
+    assert written.code == 0, written.err
     revision = (tmp_path / "migrations" / "versions" / "0003_add_nickname.py").read_text()
     assert revision.startswith('"""add nickname\n')
     assert "op.add_column('account', sa.Column('nickname', sa.Text(), nullable=True))" in revision
     assert "down_revision: str | None = '0002'" in revision
-    assert run(TOKENTRAIL, database_url, cwd=tmp_path).stdout == "Migrated the schema from 0002 to 0003.\n"
+    assert run(TOKENTRAIL, database_url, cwd=tmp_path).out == "Migrated the schema from 0002 to 0003.\n"
 
 
 # Under load
@@ -353,7 +317,7 @@ def test_no_writer_waits_for_the_migration_of_two_million_burns(empty_database_u
         f"behind a naive migration {behind_a_naive_one.longest * 1000:.0f} ms"
     )
 
-    assert migrated.stdout == "Migrated the schema from 0001 to 0002.\n", migrated.stderr
+    assert migrated.out == "Migrated the schema from 0001 to 0002.\n", migrated.err
     assert writers.errors == []
     assert written > 100
     assert writers.longest <= LONGEST_WAIT
@@ -533,7 +497,7 @@ def test_downgrade_told_to_drop_history_gives_the_old_software_its_one_balance_b
         assert catalog(connection) == made_of
         connection.execute(HISTORY["dead_letter"])
         downgraded = run(ALEMBIC, empty_database_url, "-x", "drop-history", "downgrade", "0001")
-        assert downgraded.returncode == 0, downgraded.stderr
+        assert downgraded.code == 0, downgraded.err
         assert catalog(connection) == before
 
 
@@ -567,17 +531,11 @@ def test_downgrade_takes_back_only_what_this_code_knows(empty_database_url, toke
 def test_the_printed_sql_makes_the_same_database(empty_database_url, clean, requires_program):
     psql = requires_program("psql", path=f"{postgres_folder()}{os.pathsep}{os.environ['PATH']}")
     printed = run(TOKENTRAIL, empty_database_url, "--sql")
-    assert (printed.returncode, printed.stderr) == (0, "")
+    assert (printed.code, printed.err) == (0, "")
 
-    played = subprocess.run(
-        [psql, "-qXv", "ON_ERROR_STOP=1", empty_database_url],
-        input=printed.stdout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    played = cli.run("-qXv", "ON_ERROR_STOP=1", empty_database_url, program=[psql], stdin=printed.out)
 
-    assert played.returncode == 0, played.stderr
+    assert played.code == 0, played.err
     with psycopg.connect(empty_database_url) as connection:
         assert catalog(connection) == clean
         assert current_revision(connection) == known_revision()
@@ -589,15 +547,9 @@ def test_the_printed_downgrade_refuses_to_drop_history_too(database_url, require
         connection.execute(HISTORY["dead_letter"])
     printed = run(ALEMBIC, database_url, "downgrade", "0002:0001", "--sql")
 
-    played = subprocess.run(
-        [psql, "-qXv", "ON_ERROR_STOP=1", database_url],
-        input=printed.stdout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    played = cli.run("-qXv", "ON_ERROR_STOP=1", database_url, program=[psql], stdin=printed.out)
 
-    assert "which holds rows (dead_letter)" in played.stderr
+    assert "which holds rows (dead_letter)" in played.err
     with psycopg.connect(database_url) as connection:
         assert current_revision(connection) == "0002"
 
@@ -605,27 +557,22 @@ def test_the_printed_downgrade_refuses_to_drop_history_too(database_url, require
 def test_squawk_finds_no_unsafe_statement(database_url, requires_program, tmp_path):
     squawk = requires_program("squawk", path=str(Path(sys.executable).parent))
     migration = tmp_path / "migration.sql"
-    migration.write_text(run(ALEMBIC, database_url, "upgrade", "head", "--sql").stdout)
+    migration.write_text(run(ALEMBIC, database_url, "upgrade", "head", "--sql").out)
     assert "CREATE TABLE" in migration.read_text()
 
     def findings():
-        return subprocess.run(
-            [squawk, "--config", ROOT / ".squawk.toml", "--reporter", "gcc", migration],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return cli.run("--config", ROOT / ".squawk.toml", "--reporter", "gcc", migration, program=[squawk])
 
     found = findings()
-    assert (found.returncode, found.stdout) == (0, "")
+    assert (found.code, found.out) == (0, "")
 
     migration.write_text(migration.read_text() + "CREATE INDEX ix ON burned_credit (action);")
-    assert "require-concurrent-index-creation" in findings().stdout
+    assert "require-concurrent-index-creation" in findings().out
 
 
 def test_alembic_finds_no_difference_between_models_and_database(database_url):
     checked = run(ALEMBIC, database_url, "check")
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.code == 0, checked.out + checked.err
 
 
 # Whether this code can work with that database

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 
 import pytest
 
+from tests.kit.cli import run, started
 from tests.kit.events import accrual, burn
+from tests.kit.http import status
 from tests.kit.servers import free_port
 from tests.kit.wait import eventually
 from worker.config import ROOT
-
-TOKENTRAIL = (sys.executable, "-m", "worker.cli")
 
 #: What a release to come may bring to each table that workers write to, in the words for it.
 NEXT = '''"""add notes
@@ -74,22 +69,7 @@ def newer_code(tmp_path):
 
 @pytest.fixture
 def environment(stage):
-    return {**os.environ, "DATABASE_URL": stage.database_url, "BROKER_URL": stage.broker_url}
-
-
-def said(folder, environment, *arguments):
-    """Exit code, standard output and standard error."""
-    ended = subprocess.run(
-        [*TOKENTRAIL, *arguments],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return ended.returncode, ended.stdout, ended.stderr
+    return {"DATABASE_URL": stage.database_url, "BROKER_URL": stage.broker_url}
 
 
 def test_workers_and_api_of_before_run_on_beside_a_schema_that_is_newer(stage, environment, newer_code, tmp_path):
@@ -98,8 +78,8 @@ def test_workers_and_api_of_before_run_on_beside_a_schema_that_is_newer(stage, e
     eventually(lambda: stage.balance("ann") == 9)
 
     refused = "The schema is at 0002 and this code needs 0003: run `tokentrail migrate`."
-    assert said(newer_code, environment, "worker") == (1, "", f"tokentrail: {refused}\n")
-    assert said(newer_code, environment, "migrate") == (0, "Migrated the schema from 0002 to 0003.\n", "")
+    assert run("worker", cwd=newer_code, **environment) == (1, "", f"tokentrail: {refused}\n")
+    assert run("migrate", cwd=newer_code, **environment) == (0, "Migrated the schema from 0002 to 0003.\n", "")
 
     # The worker that was there before it.
     new.publish_all(
@@ -114,22 +94,20 @@ def test_workers_and_api_of_before_run_on_beside_a_schema_that_is_newer(stage, e
 
     # One that starts now.
     log = tmp_path / "said"
-    with log.open("w") as output:
-        worker = subprocess.Popen([*TOKENTRAIL, "worker"], cwd=ROOT, env=environment, stdout=output, stderr=output)
-    stage.workers.append(worker)
-    new.publish_all([burn("bob", 1, "b-1"), accrual("cid", 4, "a-1")])
-    eventually(lambda: stage.balance("cid") == 4 and stage.balance("bob") == 2)
+    with log.open("w") as output, started("worker", output=output, **environment):
+        new.publish_all([burn("bob", 1, "b-1"), accrual("cid", 4, "a-1")])
+        eventually(lambda: stage.balance("cid") == 4 and stage.balance("bob") == 2)
     assert log.read_text().startswith(f"{NEWER}; deploy the newer code soon.\n")
     assert stage.broken() == []
 
     # And what else asks for the schema.
     warning = f"{NEWER}; deploy the newer code soon.\n"
-    assert said(ROOT, environment, "migrate") == (0, f"Left as it is: {warning}", "")
-    assert said(ROOT, environment, "migrate", "status") == (0, warning, "")
+    assert run("migrate", **environment) == (0, f"Left as it is: {warning}", "")
+    assert run("migrate", "status", **environment) == (0, warning, "")
     for command in ("stamp", "downgrade"):
         refused = f"tokentrail: {NEWER}: use the newer code.\n"
-        assert said(ROOT, environment, "migrate", command) == (1, "", refused)
-    history = json.loads(said(ROOT, environment, "history", "bob", "--json")[1])
+        assert run("migrate", command, **environment) == (1, "", refused)
+    history = json.loads(run("history", "bob", "--json", **environment)[1])
     assert [each["balanceAfter"] for each in history["transactions"]] == ["2", "3"]
     assert stage.rows("SELECT version_num FROM alembic_version") == [("0003",)]
 
@@ -137,26 +115,13 @@ def test_workers_and_api_of_before_run_on_beside_a_schema_that_is_newer(stage, e
 def test_the_api_of_before_answers_beside_a_schema_that_is_newer_and_warns_once(
     stage, environment, newer_code, tmp_path
 ):
-    assert said(newer_code, environment, "migrate")[0] == 0
+    assert run("migrate", cwd=newer_code, **environment)[0] == 0
     port = free_port()
     log = tmp_path / "said"
-    with log.open("w") as output:
-        api = subprocess.Popen(
-            [*TOKENTRAIL, "api", "--port", str(port)], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
-    stage.workers.append(api)
-
-    def status(path):
-        try:
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
-        except OSError:
-            return None
-
-    eventually(lambda: status("/readyz") == 200 or api.poll() is not None)
-    assert [status("/readyz"), status("/api/account/transaction-history?userId=ann"), status("/readyz")] == [200] * 3
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as output, started("api", "--port", port, output=output, **environment) as api:
+        eventually(lambda: status(f"{url}/readyz") == 200 or api.poll() is not None)
+        paths = ("/readyz", "/api/account/transaction-history?userId=ann", "/readyz")
+        assert [status(f"{url}{path}") for path in paths] == [200] * 3
     assert log.read_text().count("the schema is newer than this code, answering from it") == 1
     assert log.read_text().count(f"{NEWER}; deploy the newer code soon.") == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import closing
 from urllib.parse import urlsplit
 
@@ -11,9 +10,8 @@ import pytest
 
 from tests.kit.catalog import catalog
 from tests.kit.events import accrual, burn
-from worker.cli import main
 from worker.cli.adoption import differences
-from worker.config import Settings, load_settings
+from worker.config import Settings
 from worker.ledger.deliveries import Delivery
 from worker.ledger.invariants import check
 from worker.ledger.outcomes import Applied
@@ -55,23 +53,6 @@ THEIR_ROWS = """
 """
 
 NOTED = "The tables are those of before the trail: noted as 0001. Now run `tokentrail migrate`.\n"
-
-
-@pytest.fixture
-def tokentrail_migrate(monkeypatch, capsys):
-    """`tokentrail_migrate(url, "stamp")`: exit code, standard output, standard error. None is no DATABASE_URL."""
-
-    def command(url, *arguments):
-        monkeypatch.delenv("DATABASE_URL", raising=False)
-        if url is not None:
-            monkeypatch.setenv("DATABASE_URL", url)
-        monkeypatch.setattr(sys, "argv", ["tokentrail", "migrate", *arguments])
-        load_settings.cache_clear()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
-
-    return command
 
 
 @pytest.fixture

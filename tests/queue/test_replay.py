@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import signal
@@ -20,8 +19,6 @@ from schema.publisher import Publisher, PublishError
 from tests.kit.events import accrual
 from tests.kit.stage import Stage
 from tests.kit.wait import eventually
-from worker import config
-from worker.cli import main
 from worker.config import Settings
 from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
@@ -33,25 +30,7 @@ MANY = 10_000 if os.environ.get("TOKENTRAIL_CHAOS") == "long" else 2_000
 
 
 @pytest.fixture
-def tokentrail(monkeypatch, capsys, database_url, broker_url):
-    """`tokentrail("dead-letters", "list")`: exit code, standard output, standard error."""
-    monkeypatch.setenv("DATABASE_URL", database_url)
-    monkeypatch.setenv("BROKER_URL", broker_url)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tokentrail", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        config.load_settings.cache_clear()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        printed = capsys.readouterr()
-        return exit_.value.code, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
-def letters(tokentrail):
+def letters(tokentrail, own_servers):
     """`letters("replay", 1)`: exit code, standard output, standard error."""
     return lambda *arguments: tokentrail("dead-letters", *arguments)
 
