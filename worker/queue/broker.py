@@ -37,7 +37,7 @@ class Broker(Protocol):
         """Take back what `record_solo_attempt` counted: this worker survived."""
 
     def requeue(self, messages: Sequence[Message]) -> None:
-        """Put messages back where they are served next, in this order, without counting a death."""
+        """Put messages back in this order, without counting a death; where they are served next, if possible."""
 
 
 class AtomicBroker:
@@ -105,7 +105,7 @@ class StockBroker:
         pass
 
     def requeue(self, messages: Sequence[Message]) -> None:
-        for message in reversed(messages):  # each ends up in front of the one before
+        for message in messages:  # kombu puts each where it is served last
             try:
                 message.requeue()
             except Exception as error:  # noqa: BLE001 - the broker may be unreachable, or refuse
