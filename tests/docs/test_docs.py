@@ -16,12 +16,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import psutil
 import psycopg
 import pytest
 from typer.main import get_command
@@ -236,12 +236,17 @@ def test_the_commands_without_make_are_those_of_the_makefile():
 
 
 def stop(services):
-    for pid in map(int, services.read_text().split()) if services.exists() else ():
+    pids = [int(pid) for pid in services.read_text().split()] if services.exists() else []
+    for pid in pids:
         os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 60
-        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
-            assert time.monotonic() < deadline, f"process {pid} does not end"
-            time.sleep(0.1)
+    eventually(lambda: not any(map(is_running, pids)), seconds=60)
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def timeless(text):
