@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from worker.show import console as make_console
+from worker.output import console as make_console
 
 from .engine import engine
 from .lanes import lanes

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 
 from worker.ledger import store
-from worker.ledger.outcomes import Delivery
+from worker.ledger.deliveries import Delivery
 from worker.ledger.settle import Ledger
 
 from .report import Report, Table, Target, rate, ratio

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 from worker.ledger import store
-from worker.ledger.outcomes import Delivery
+from worker.ledger.deliveries import Delivery
 
 from .report import Report, Table
 from .stage import Run, Stage

@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 import psycopg
 import redis
 
-from worker import embedded
-from worker.config import Settings
-from worker.db import ROOT, connect, migrate
+from worker.config import ROOT, Settings
+from worker.db import connect
 from worker.ledger.invariants import check
+from worker.local import embedded
 from worker.processes import Child, Family
+from worker.schema_version import migrate
 
 #: Seconds after which a run that does not end is given up.
 GIVE_UP: Final = 300.0

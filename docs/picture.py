@@ -10,7 +10,7 @@ from rich.console import Console
 
 from worker.cli.running import on_throw_away_servers
 from worker.config import settings
-from worker.demo import Economy, show
+from worker.local.demo import Economy, show
 
 terminal = Console(
     record=True, force_terminal=True, color_system="truecolor", width=128, highlight=False, file=StringIO()

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, pool
 
 from schema.tables import Base
 from worker.config import settings
-from worker.db import refuse_old_server
+from worker.schema_version import refuse_old_server
 
 if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationInfo

@@ -16,7 +16,7 @@ from alembic import context, op
 from alembic.util import CommandError
 from sqlalchemy.exc import OperationalError, PendingRollbackError
 
-from worker.db import WAITING
+from worker.schema_version import WAITING
 
 #: A statement that waits for a strong lock makes everyone behind it wait as long: give up early, try again.
 LOCK_TIMEOUT_MS: Final = 50

@@ -27,9 +27,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from .addresses import UNREADABLE, check_broker, said, shown
 from .canonical import plain_number
 from .events import MAX_EVENTS, Accrual, Event, event_json
+from .messages import ACCRUE, APPLY_MANY, BURN, DEFAULT_QUEUE
+from .urls import UNREADABLE, check_broker, said, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -116,7 +117,7 @@ class Publisher:
     def __init__(
         self,
         broker_url: str,
-        queue: str = "tokens",
+        queue: str = DEFAULT_QUEUE,
         lanes: int = 0,
         *,
         master_name: str | None = None,
@@ -209,7 +210,7 @@ class Publisher:
         users = list(dict.fromkeys(event.user_id for event in events))
         shown = {"events": f"{len(events)}, of {', '.join(users[:10])}{', …' if users[10:] else ''}"}
         kwargs = f'{{"events":[{",".join(map(event_json, events))}]}}'
-        message_id, message = self._enveloped("tokens.apply_many", kwargs, repr(shown), queue)
+        message_id, message = self._enveloped(APPLY_MANY, kwargs, repr(shown), queue)
         self._push(queue, [message], events)
         return message_id
 
@@ -228,7 +229,7 @@ class Publisher:
             "idempotency_key": event.idempotency_key,
             "source" if isinstance(event, Accrual) else "action": event.what,
         }
-        task = "tokens.accrue" if isinstance(event, Accrual) else "tokens.burn"
+        task = ACCRUE if isinstance(event, Accrual) else BURN
         # The task's name is the type. A quote inside a JSON string is escaped, so this text is the field itself
         # and, metadata standing last, the event's own.
         kwargs = event_json(event).replace(f',"type":"{event.type}"', "", 1)

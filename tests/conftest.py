@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-import producer as another
 import psycopg
 import pytest
 import redis
 
-from worker import config, embedded
-from worker.db import migrate
+from tests.kit import producer as another
+from worker import config
+from worker.local import embedded
+from worker.schema_version import migrate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,13 +13,14 @@ from celery import Celery
 from celery.exceptions import CPendingDeprecationWarning
 from celery.signals import celeryd_init, setup_logging
 
+from schema.messages import ACCRUE, APPLY_MANY, BURN
 from worker import log
 from worker.config import ConfigError, settings
-from worker.ledger.outcomes import Origin
+from worker.ledger.deliveries import Origin
 from worker.ledger.settle import Ledger
-from worker.queue import transport
-from worker.queue.batching import Batching
-from worker.queue.tasks import ACCRUE, APPLY_MANY, BURN, read_work
+from worker.queue.batcher import Batching
+from worker.queue.parsing import read_work
+from worker.transport import channel as transport
 
 
 def _address(url: str) -> tuple[str, dict[str, str]]:

@@ -14,12 +14,16 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from schema import addresses
+from schema import urls
+from schema.messages import DEFAULT_QUEUE
 from schema.publisher import Publisher
 from worker.files import Untrusted, read_ours
 
 #: Where `tokentrail up` keeps its servers' data and writes their addresses (mode 0600).
 HOME = Path(os.environ.get("TOKENTRAIL_HOME") or ".tokentrail")
+
+#: The repository: where `python -m worker.cli` and Celery find our modules, and Alembic its migrations.
+ROOT = Path(__file__).resolve().parent.parent
 
 #: A name as it stands in a request's Host header.
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
@@ -46,7 +50,7 @@ class Settings(BaseSettings):
         description="Redis or Valkey, as redis://, rediss:// or sentinel://. Not set: that of a running"
         " `tokentrail up`; `up` and `demo` start one.",
     )
-    queue: str = Field("tokens", description="The queue's name; lanes are <queue>.0, <queue>.1, …")
+    queue: str = Field(DEFAULT_QUEUE, description="The queue's name; lanes are <queue>.0, <queue>.1, …")
     transport: Literal["atomic", "stock"] = Field(
         "atomic",
         description="How workers take messages from Redis: atomic loses none; stock is kombu's own, to fall back on.",
@@ -130,7 +134,7 @@ class Settings(BaseSettings):
     @classmethod
     def _an_address_of_redis(cls, url: SecretStr | None) -> SecretStr | None:
         if url:
-            addresses.check_broker(url.get_secret_value())
+            urls.check_broker(url.get_secret_value())
         return url
 
     def host_names(self) -> list[str]:
@@ -183,13 +187,13 @@ def _check_database(url: str) -> None:
     try:
         parts = conninfo_to_dict(url)
     except ProgrammingError:
-        raise ValueError(addresses.UNREADABLE) from None
+        raise ValueError(urls.UNREADABLE) from None
     ports = str(parts.get("port", "")).split(",")
     database = url.partition("://")[2].partition("/")[2].partition("?")[0]
     # A password with / or @ in it spills over into host, port and database.
     spilt = ("@" in url.partition("?")[0] and "@" in str(parts.get("host", ""))) or "@" in database
-    if spilt or addresses.BLANK.search(url) or not all(port.isdigit() for port in ports if port):
-        raise ValueError(addresses.UNREADABLE)
+    if spilt or urls.BLANK.search(url) or not all(port.isdigit() for port in ports if port):
+        raise ValueError(urls.UNREADABLE)
 
 
 def _running_servers() -> dict[str, Any]:

@@ -4,7 +4,6 @@
     ground.py   servers to break, and the judgement: drained, each key decided once, every invariant
     workers.py  real Celery workers to kill, freeze and stop
     entry.py    what such a worker runs: Celery, after a word to go, and poisoned where a test asks for it
-    proxy.py    a TCP proxy to cut, stall and half-open connections
 
 `make test` runs a short form of each, `make chaos` (TOKENTRAIL_CHAOS=long) the long one. The seed is printed, and taken
 from TOKENTRAIL_CHAOS_SEED: the same events in the same order; when a signal arrives is the machine's to say.

@@ -9,9 +9,8 @@ from collections import Counter
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from brokers import message
-
 from schema.events import Accrual, Burn
+from tests.kit.brokers import message
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,8 +13,8 @@ import psycopg
 import pytest
 import redis
 
-from worker import embedded
-from worker.db import migrate
+from worker.local import embedded
+from worker.schema_version import migrate
 
 from .books import Books
 from .ground import Ground

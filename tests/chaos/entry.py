@@ -31,9 +31,9 @@ IMPORTED_BEFORE = (
     "celery.worker.pidbox",
     "kombu.transport.redis",
     "psycopg",
-    "worker.queue.batching",
+    "worker.queue.batcher",
     "worker.queue.consumer",
-    "worker.queue.transport",
+    "worker.transport.channel",
 )
 
 PR_SET_PDEATHSIG = 1

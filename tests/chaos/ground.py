@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 
 import psycopg
 import redis
-from brokers import PRIORITY_STEPS, eventually, key
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from schema.publisher import Publisher, PublishError
+from tests.kit.brokers import PRIORITY_STEPS, eventually, key
 from worker.ledger.invariants import check
 
 from .workers import Worker
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from schema.events import Event
-    from worker.embedded import PostgresServer, ValkeyServer
+    from worker.local.embedded import PostgresServer, ValkeyServer
 
     from .books import Books
 

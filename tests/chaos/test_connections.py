@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from brokers import eventually
+
+from tests.kit.brokers import eventually
+from tests.kit.proxy import Proxy
 
 from .ground import LONG, Stream, sized
-from .proxy import Proxy
 
 CUTS = sized(10, 60)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from brokers import eventually
+
+from tests.kit.brokers import eventually
 
 from .ground import LONG, VISIBILITY_TIMEOUT, Stream, sized
 

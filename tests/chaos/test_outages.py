@@ -8,7 +8,8 @@ from contextlib import ExitStack, suppress
 import psycopg
 import pytest
 import redis
-from brokers import eventually
+
+from tests.kit.brokers import eventually
 
 from .ground import Stream, sized
 

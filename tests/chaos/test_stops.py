@@ -6,7 +6,8 @@ import signal
 import time
 
 import pytest
-from brokers import eventually
+
+from tests.kit.brokers import eventually
 
 from .ground import sized
 

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brokers import eventually
-
+from tests.kit.brokers import eventually
 from worker.cli.worker import CELERY
 
 from . import entry

@@ -11,9 +11,9 @@ import kombu
 import structlog
 
 from worker.config import Settings
-from worker.ledger.dead_letters import Letter
-from worker.queue.fetching import Fetched, Source
+from worker.ledger.dead_letters import NewDeadLetter
 from worker.queue.intake import Intake
+from worker.transport.fetching import Fetched, Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ class Accounts:
     """
 
     def __init__(self, broker_url: str, database_url: str) -> None:
-        self._connection = kombu.Connection(broker_url, transport="worker.queue.transport:Transport")
+        self._connection = kombu.Connection(broker_url, transport="worker.transport.channel:Transport")
         self._channel = self._connection.channel()
         self._intake = Intake(Settings(DATABASE_URL=database_url), "accounts")
         #: By fingerprint, which is of task, id and body: the rest of a message may keep it from being decided, so that
@@ -61,7 +61,7 @@ class Accounts:
             self.refused[letter.fingerprint] += 1
         for delivery in work.deliveries:
             event = delivery.event
-            entered.append(Letter.of_event("conflict", "", event, delivery.origin).fingerprint)
+            entered.append(NewDeadLetter.of_event("conflict", "", event, delivery.origin).fingerprint)
             self.decidable[entered[-1]] += 1
             self.keys[entered[-1]] = event.user_id, event.idempotency_key
         if raw in self.of:

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from fuzz.hostile import killers
+from tests.fuzz.hostile import killers
 
 
 def _body(raw: bytes) -> bytes:

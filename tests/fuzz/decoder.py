@@ -14,13 +14,16 @@ from decimal import Decimal
 
 import atheris
 
-with atheris.instrument_imports(include=["schema", "worker.queue.envelope", "worker.queue.tasks", "kombu.utils.json"]):
+with atheris.instrument_imports(
+    include=["schema", "worker.transport.envelope", "worker.queue.parsing", "kombu.utils.json"]
+):
     from schema.canonical import NotCanonical, read_json, write_json
     from schema.events import MAX_AMOUNT, MAX_METADATA_BYTES, InvalidEvent, event_json, parse_event
-    from worker.queue import envelope
-    from worker.queue.tasks import ACCRUE, APPLY_MANY, BURN, Unreadable, read_call, read_work
+    from schema.messages import ACCRUE, APPLY_MANY, BURN
+    from worker.queue.parsing import Unreadable, read_call, read_work
+    from worker.transport import envelope
 
-from worker.ledger.outcomes import Origin
+from worker.ledger.deliveries import Origin
 
 TYPES = {ACCRUE: "accrual", BURN: "burn", None: None}
 

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import psutil
 import psycopg
 import pytest
-from brokers import PRIORITY_STEPS, eventually, key
 from celery import Celery
-from stage import Stage, accrual, burn
 
+from tests.kit.brokers import PRIORITY_STEPS, eventually, key
+from tests.kit.stage import Stage, accrual, burn
 from worker.read.history import read_history_now
 
 from . import hostile

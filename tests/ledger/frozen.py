@@ -6,7 +6,7 @@ import json
 import sys
 
 from worker.config import Settings
-from worker.ledger.outcomes import Delivery
+from worker.ledger.deliveries import Delivery
 from worker.ledger.settle import Ledger
 
 from .support import accrual, logged

@@ -14,8 +14,8 @@ from structlog.testing import capture_logs
 
 from schema.events import event_json, parse_event
 from worker.config import Settings
+from worker.ledger.deliveries import Delivery, IfShort, Origin
 from worker.ledger.invariants import check
-from worker.ledger.outcomes import Delivery, Origin
 from worker.ledger.settle import Ledger
 
 #: Longest that anything may take that must happen at all; nothing is asserted about how soon it does.
@@ -53,10 +53,10 @@ def burn(user, amount, key, *, max_amount=10**20, **more):
     return parse_event(event, type_="burn", max_amount=max_amount)
 
 
-def sent(*events, final=True):
+def sent(*events, if_short=IfShort.REJECT):
     """Each event in a message of its own; the same event again is the same message again."""
     return [
-        Delivery.of(event, Origin(f"tokens.{event.type}", body=event_json(event).encode()), final=final)
+        Delivery.of(event, Origin(f"tokens.{event.type}", body=event_json(event).encode()), if_short=if_short)
         for event in events
     ]
 

@@ -12,8 +12,9 @@ from psycopg.pq import Trace
 
 from worker.ledger.apply import apply_batch
 from worker.ledger.chain import payload_hash
-from worker.ledger.dead_letters import Letter
-from worker.ledger.outcomes import Applied, DeadLettered, Delivery, Origin, Rejected, Undecided
+from worker.ledger.dead_letters import NewDeadLetter
+from worker.ledger.deliveries import Delivery, IfShort, Origin
+from worker.ledger.outcomes import Applied, DeadLettered, Rejected, Undecided
 from worker.ledger.rules import Reason
 from worker.ledger.store import stripe_of
 
@@ -23,8 +24,8 @@ TINY = "0.000000000000000001"
 LARGEST = "99999999999999999999.999999999999999999"
 
 
-def apply(connection, *events, final=True, **more):
-    return apply_batch(connection, sent(*events, final=final), stripe=1, **more)
+def apply(connection, *events, if_short=IfShort.REJECT, **more):
+    return apply_batch(connection, sent(*events, if_short=if_short), stripe=1, **more)
 
 
 def one(connection, query, *parameters):
@@ -87,12 +88,16 @@ def test_a_burn_of_more_than_is_held_is_rejected_for_good_and_moves_nothing(conn
 
 
 def test_a_burn_that_is_not_final_stays_undecided_and_writes_nothing_but_its_account(connection):
-    assert apply(connection, burn("ann", "2", "k"), final=False) == [Undecided(Decimal(0))]
+    assert apply(connection, burn("ann", "2", "k"), if_short=IfShort.WAIT) == [Undecided(Decimal(0))]
     assert {table: len(found) for table, found in rows(connection).items() if found} == {
         "account": 1,
         "global_token_balance": 1,  # the one from before the trail
     }
-    mixed = [*sent(burn("ann", "2", "k"), final=False), *sent(accrual("ann", 5, "a")), *sent(burn("ann", "2", "k"))]
+    mixed = [
+        *sent(burn("ann", "2", "k"), if_short=IfShort.WAIT),
+        *sent(accrual("ann", 5, "a")),
+        *sent(burn("ann", "2", "k")),
+    ]
     assert told(apply_batch(connection, mixed, stripe=1)) == [
         "undecided: 0 held",
         "applied #1: 0 → 5",
@@ -300,7 +305,7 @@ def test_a_batch_is_the_same_few_statements_whatever_its_size(connection, tmp_pa
 
 def letter(**changes):
     origin = Origin("tokens.burn", "id-1", b'{"a":1}', {"lang": "py"})
-    return Letter("invalid_event", "amount is missing.", origin._replace(**changes))
+    return NewDeadLetter("invalid_event", "amount is missing.", origin._replace(**changes))
 
 
 def test_a_message_delivered_twice_is_one_dead_letter_that_counts(connection):
@@ -334,7 +339,7 @@ def test_a_letter_is_kept_whatever_is_in_it(connection):
         [],
         stripe=1,
         letters=[
-            Letter(
+            NewDeadLetter(
                 "undecodable",
                 f"It is {nasty}.",
                 Origin(nasty, nasty, b"\x00\xff\\x", {nasty: [nasty, {"deep": None}]}),

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.ledger.apply import apply_batch
-from worker.ledger.outcomes import Applied, DeadLettered, Delivery, Rejected, Undecided
+from worker.ledger.deliveries import Delivery, IfShort
+from worker.ledger.outcomes import Applied, DeadLettered, Rejected, Undecided
 from worker.ledger.rules import Reason
 
 from .support import NOON, accrual, assert_books_balance, burn, count, empty, repeatable, rows
@@ -42,7 +43,11 @@ events = st.builds(
     metadata,
     moments,
 )
-deliveries = st.builds(lambda event, final: Delivery.of(event, final=final), events, st.booleans())
+deliveries = st.builds(
+    lambda event, if_short: Delivery.of(event, if_short=if_short),
+    events,
+    st.sampled_from([IfShort.WAIT, IfShort.REJECT]),
+)
 
 #: Some events, most of them more than once, in any order.
 shuffled = st.lists(deliveries, min_size=1, max_size=10).flatmap(
@@ -95,7 +100,7 @@ class Model:
             return "invalid_event"
         before = self.balances.get(event.user_id, 0)
         after = before + units(event.amount) * (1 if event.type == "accrual" else -1)
-        if after < 0 and not delivery.final:
+        if after < 0 and delivery.if_short is IfShort.WAIT:
             return "undecided"
         if 0 <= after < 10**20 * UNIT:
             self.balances[event.user_id] = after
@@ -164,7 +169,11 @@ def test_a_batch_writes_what_its_events_would_have_written_one_by_one(connection
 def test_delivering_everything_once_more_changes_no_outcome_and_no_row(connection, sent, balances):
     open_with(connection, balances)
     # Everything is decided by now: neither undecided nor too early, but for conflicts.
-    final = [d._replace(final=True) for d in sent[0] if d.event.occurred_at is None or d.event.occurred_at < NOON]
+    final = [
+        d._replace(if_short=IfShort.REJECT)
+        for d in sent[0]
+        if d.event.occurred_at is None or d.event.occurred_at < NOON
+    ]
     first = apply_batch(connection, final, stripe=1, clock=NOON)
     written = {table: found for table, found in rows(connection).items() if table != "dead_letter"}
 

@@ -20,12 +20,14 @@ import psycopg
 import pytest
 
 from worker.config import Settings
-from worker.db import connect, migrate
-from worker.embedded import PostgresServer
-from worker.ledger.apply import LATE, apply_batch
-from worker.ledger.dead_letters import Letter
+from worker.db import connect
+from worker.ledger.apply import CONTENDED_AFTER_SECONDS, apply_batch
+from worker.ledger.dead_letters import NewDeadLetter
+from worker.ledger.deliveries import IfShort, Origin
 from worker.ledger.errors import MAX_CULPRITS, Interrupted, SuspiciousBatch
-from worker.ledger.outcomes import Applied, DeadLettered, Locked, Origin, Rejected, Undecided
+from worker.ledger.outcomes import Applied, DeadLettered, Locked, Rejected, Undecided
+from worker.local.embedded import PostgresServer
+from worker.schema_version import migrate
 
 from .support import (
     PATIENCE,
@@ -319,7 +321,7 @@ class Swallower:
 def test_a_commit_that_nobody_confirmed_is_decided_once(watched, owner, url):
     ledger = watched()
     ledger.settle(sent(*[accrual(f"user{n}", 1, "opening") for n in range(7)]))
-    letter = Letter("undecodable", "The body is not JSON.", Origin("tokens.burn", "m1", b"?"))
+    letter = NewDeadLetter("undecodable", "The body is not JSON.", Origin("tokens.burn", "m1", b"?"))
     with contextlib.closing(Swallower(url, b"COMMIT")) as proxy:
         ledger = watched(proxy.url)
         outcomes = ledger.begin(sent(*events(20), burn("user1", 10**9, "too much")), [letter])
@@ -379,7 +381,7 @@ THE_EVENTS_FAULT = {
 def test_the_events_that_the_database_refuses_stand_alone_among_the_dead_letters(watched, owner, sqlstate, culprits):
     ledger = watched()
     condition = f"{N} IN ({','.join(map(str, culprits))})"
-    letter = Letter("invalid_event", "of the same batch", Origin("tokens.burn", "another"))
+    letter = NewDeadLetter("invalid_event", "of the same batch", Origin("tokens.burn", "another"))
     with check_of_metadata(THE_EVENTS_FAULT[sqlstate].format(condition))(owner), logged() as entries:
         outcomes = ledger.settle(sent(*events()), [letter])
 
@@ -450,8 +452,8 @@ def test_more_than_ten_culprits_look_like_a_bug_and_none_of_them_is_dead_lettere
 
 
 def test_a_letter_that_cannot_be_written_stops_the_worker_rather_than_being_lost(watched, owner):
-    letters = [Letter("invalid_event", f"no. {n}", Origin("t", str(n))) for n in range(9)]
-    letters[4] = Letter("no such reason", "no. 4", Origin("t", "4"))
+    letters = [NewDeadLetter("invalid_event", f"no. {n}", Origin("t", str(n))) for n in range(9)]
+    letters[4] = NewDeadLetter("no such reason", "no. 4", Origin("t", "4"))
     with pytest.raises(SuspiciousBatch, match=r"a dead letter \(no such reason\)"):
         watched().settle(sent(*events(3)), letters)
     assert_books_balance(owner)
@@ -459,7 +461,7 @@ def test_a_letter_that_cannot_be_written_stops_the_worker_rather_than_being_lost
 
 def test_a_batch_that_fails_leaves_nothing_half_done(connection, owner):
     before = rows(owner)
-    letter = Letter("no such reason", "refused when all else is written", Origin())
+    letter = NewDeadLetter("no such reason", "refused when all else is written", Origin())
     with pytest.raises(psycopg.errors.CheckViolation):
         apply_batch(connection, sent(*events(3)), stripe=1, letters=[letter])
     assert rows(owner) == before
@@ -471,7 +473,7 @@ def test_while_some_accounts_are_locked_the_others_events_are_decided(watched, o
     users = ["ann", "bob", "cid", "dan"]
     owner.execute("INSERT INTO account (user_id) SELECT unnest(%s::text[])", (users if others == "known" else ["bob"],))
     ledger = watched(lock_timeout=0.1)
-    letter = Letter("invalid_event", "of the same batch", Origin("tokens.burn", "another"))
+    letter = NewDeadLetter("invalid_event", "of the same batch", Origin("tokens.burn", "another"))
     batch = [*(accrual(user, 2, "a") for user in users), *(burn(user, 1, "b") for user in users)]
     with logged() as entries:
         with holding(owner, "bob"):
@@ -490,7 +492,7 @@ def test_while_some_accounts_are_locked_the_others_events_are_decided(watched, o
 def test_what_is_locked_comes_back_to_whoever_wants_to_go_on_without_it(watched, owner, connection):
     owner.execute("INSERT INTO account (user_id) VALUES ('ann'), ('bob')")
     ledger = watched(lock_timeout=0.1)
-    letter = Letter("invalid_event", "of the same batch", Origin("tokens.burn", "another"))
+    letter = NewDeadLetter("invalid_event", "of the same batch", Origin("tokens.burn", "another"))
     batch = sent(accrual("bob", 2, "a"), accrual("ann", 2, "a"), burn("bob", 1, "b"), accrual("cid", 1, "a"))
     locked = [Locked("bob"), Locked("bob")]
     with holding(owner, "bob"):
@@ -627,11 +629,11 @@ def test_a_refusal_that_is_to_be_prompt_is_none_after_standing_in_line(watched, 
     """Whoever held the account may have kept its accrual waiting, in another worker."""
     owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
     ledger = watched(lock_timeout=PATIENCE)
-    prompt = [delivery._replace(prompt=True) for delivery in sent(burn("ann", 5, "b"))]
+    prompt = [delivery._replace(if_short=IfShort.REJECT_UNLESS_CONTENDED) for delivery in sent(burn("ann", 5, "b"))]
     with holding(owner, "ann"):
         late = background(ledger.settle, prompt)
         until(lambda: waiting_for(owner, owner), "it stands in line")
-        time.sleep(LATE)
+        time.sleep(CONTENDED_AFTER_SECONDS)
     assert late.result(PATIENCE) == [Undecided(Decimal(0))]
     assert count(connection, "rejected_event") == 0
     (refused,) = ledger.settle(prompt)

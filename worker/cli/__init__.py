@@ -1,7 +1,6 @@
 """The command `tokentrail`. What its exit codes mean is in examples.py, for every --help to say.
 
 examples.py   what every --help shows of its command in use
-readiness.py  what a worker looks at before it starts
 failures.py   every error that a user can meet, as one sentence
 running.py    up, demo
 migrate.py    migrate
@@ -12,7 +11,7 @@ flower.py     flower
 publish.py    publish
 reading.py    history, receipt, supply
 dead_letters.py  dead-letters
-configured.py settings
+settings.py settings
 usage.py      how a command refuses what it was given
 """
 
@@ -28,10 +27,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from worker.cli import api, configured, dead_letters, flower, migrate, publish, reading, running, worker
+from worker.cli import api, dead_letters, flower, migrate, publish, reading, running, settings, worker
 from worker.cli.examples import show_examples
 from worker.cli.failures import explain
-from worker.db import known_revision
+from worker.schema_version import known_revision
 
 app = typer.Typer(
     name="tokentrail",
@@ -51,7 +50,7 @@ app.command()(reading.history)
 app.command()(reading.receipt)
 app.command()(reading.supply)
 app.add_typer(dead_letters.app, name="dead-letters")
-app.command("settings")(configured.show)
+app.command("settings")(settings.show)
 show_examples(app)
 
 

@@ -14,7 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, pool
 
 from schema.tables import Base
-from worker.db import BEFORE_THE_TRAIL, alembic_config
+from worker.schema_version import LEGACY_REVISION, alembic_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,7 +74,7 @@ def differences(url: str) -> list[str] | None:
 
 def _declared(connection: psycopg.Connection) -> dict[str, Table]:
     """The tables that revision 0001 makes."""
-    script = ScriptDirectory.from_config(alembic_config()).get_revision(BEFORE_THE_TRAIL)
+    script = ScriptDirectory.from_config(alembic_config()).get_revision(LEGACY_REVISION)
     assert script is not None
     engine = create_engine("postgresql+psycopg://", creator=lambda: connection, poolclass=pool.StaticPool)
     with engine.connect() as there:

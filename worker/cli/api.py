@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.usage import NotReady
 from worker.config import settings
+from worker.readiness import NotReady
 
 
 def api(

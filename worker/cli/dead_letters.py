@@ -22,12 +22,13 @@ from schema.reasons import DEAD_LETTER_REASONS
 from schema.tables import DEAD_LETTER_STATES
 from worker.cli.usage import Misused, interruptible
 from worker.config import settings
-from worker.db import check_schema, connect
+from worker.db import connect
 from worker.ledger import letterbox
-from worker.ledger.letterbox import Filter, Kept, Message
+from worker.ledger.letterbox import DeadLetter, Filter, Message
+from worker.output import console, count, moment, printable, progress, table
 from worker.queue.replay import Report, refusal
 from worker.queue.replay import replay as replay_letters
-from worker.show import console, count, moment, printable, progress, table
+from worker.schema_version import check_schema
 
 if TYPE_CHECKING:
     from worker.config import Settings
@@ -275,7 +276,7 @@ def _tell(report: Report, found: Settings) -> None:
         typer.echo(f"  and {len(report.refused) - _NAMED:,} more", err=True)
 
 
-def _table(found: Sequence[Kept]) -> Table:
+def _table(found: Sequence[DeadLetter]) -> Table:
     made = table(
         "Dead letters",
         id="right",
@@ -301,7 +302,7 @@ def _table(found: Sequence[Kept]) -> Table:
     return made
 
 
-def _fields(kept: Kept) -> dict[str, Any]:
+def _fields(kept: DeadLetter) -> dict[str, Any]:
     """A row as JSON can hold it."""
     return {
         name: value.isoformat() if isinstance(value, datetime) else value.hex() if isinstance(value, bytes) else value

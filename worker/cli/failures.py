@@ -13,16 +13,15 @@ import typer
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from schema.addresses import said
 from schema.publisher import PublishError
-from worker.cli.readiness import no_database
-from worker.cli.usage import NotReady
+from schema.urls import said
 from worker.config import HOME, ConfigError
-from worker.db import SchemaError
-from worker.demo import DemoError
-from worker.embedded import EmbeddedError
 from worker.files import Untrusted
-from worker.up import AlreadyRunning, Failed
+from worker.local.demo import DemoError
+from worker.local.embedded import EmbeddedError
+from worker.local.up import AlreadyRunning, Failed
+from worker.readiness import NotReady, no_database
+from worker.schema_version import SchemaError
 
 FAILED = 1
 USAGE = 2

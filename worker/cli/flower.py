@@ -8,10 +8,10 @@ from typing import Annotated, Final
 
 import typer
 
-from worker.cli.usage import Misused, NotReady
-from worker.config import HOME, settings
-from worker.db import ROOT
+from worker.cli.usage import Misused
+from worker.config import HOME, ROOT, settings
 from worker.listening import CannotListen, listen
+from worker.readiness import NotReady
 
 #: Of its list of tasks: each with what became of it.
 _COLUMNS: Final = "name,state,kwargs,result,received,runtime,worker,uuid"

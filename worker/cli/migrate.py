@@ -12,8 +12,9 @@ from alembic import command
 from worker.cli.adoption import differences
 from worker.cli.usage import Misused, interruptible
 from worker.config import settings
-from worker.db import (
-    BEFORE_THE_TRAIL,
+from worker.output import console, migrating
+from worker.schema_version import (
+    LEGACY_REVISION,
     SchemaError,
     alembic_config,
     check_schema,
@@ -22,10 +23,9 @@ from worker.db import (
     knows,
     told,
 )
-from worker.db import deploy as bring_up_to_date
-from worker.db import downgrade as take_back
-from worker.db import stamp as note
-from worker.show import console, migrating
+from worker.schema_version import deploy as bring_up_to_date
+from worker.schema_version import downgrade as take_back
+from worker.schema_version import stamp as note
 
 app = typer.Typer(help="Bring the database's schema up to date.")
 
@@ -107,8 +107,8 @@ def stamp() -> None:
                 "These are not the tables of migrations/versions/0001_before_the_trail.py, so that nothing was noted:"
                 f" {'; '.join(found)}."
             )
-        note(url, BEFORE_THE_TRAIL)
-    typer.echo(f"The tables are those of before the trail: noted as {BEFORE_THE_TRAIL}. Now run `tokentrail migrate`.")
+        note(url, LEGACY_REVISION)
+    typer.echo(f"The tables are those of before the trail: noted as {LEGACY_REVISION}. Now run `tokentrail migrate`.")
 
 
 @app.command()
@@ -126,11 +126,11 @@ def downgrade(
         current = _known(url)
         if current is None:
             raise SchemaError("The database has no schema yet: there is nothing to take back.")
-        if not take_back(url, BEFORE_THE_TRAIL, drop_history=drop_history):
-            typer.echo(f"The schema is at {BEFORE_THE_TRAIL} already: nothing to do.")
+        if not take_back(url, LEGACY_REVISION, drop_history=drop_history):
+            typer.echo(f"The schema is at {LEGACY_REVISION} already: nothing to do.")
             return
     held = "What the trail held is gone for good." if drop_history else "The trail held nothing."
-    typer.echo(f"Took the schema back from {current} to {BEFORE_THE_TRAIL}. {held}")
+    typer.echo(f"Took the schema back from {current} to {LEGACY_REVISION}. {held}")
 
 
 def _known(url: str) -> str | None:

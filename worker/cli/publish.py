@@ -15,7 +15,7 @@ from schema.events import InvalidEvent, parse_event
 from schema.publisher import PublishError, bulks
 from worker.cli.usage import Misused, interruptible
 from worker.config import settings
-from worker.show import console, count, progress
+from worker.output import console, count, progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
-from schema.answers import MAX_LIMIT, HistoryQuery, ReceiptsQuery, Rejections
 from schema.canonical import plain_number
+from schema.responses import MAX_LIMIT, HistoryQuery, ReceiptsQuery, Rejections
 from worker.cli.usage import Misused
 from worker.config import settings
-from worker.db import check_schema, connect
+from worker.db import connect
+from worker.output import console, history_table, printable, receipt_table, rejections_table, supply_table
 from worker.read.history import read_history_now
 from worker.read.receipts import read_receipts_now
 from worker.read.rejections import read_rejections_now
 from worker.read.supply import read_supply
-from worker.show import console, history_table, printable, receipt_table, rejections_table, supply_table
+from worker.schema_version import check_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,15 +11,15 @@ import typer
 from pydantic import SecretStr
 from rich.console import Console
 
-from worker import up as running
-from worker.cli.readiness import look_at_broker
 from worker.cli.usage import Misused
-from worker.config import Settings, settings
-from worker.db import ROOT, migrate
-from worker.demo import DemoError, Economy, Report, run_demo, show
-from worker.embedded import servers
+from worker.config import ROOT, Settings, settings
+from worker.local import up as running
+from worker.local.demo import DemoError, Economy, Report, run_demo, show
+from worker.local.embedded import servers
+from worker.output import console
 from worker.processes import Child, Family
-from worker.show import console
+from worker.readiness import look_at_broker
+from worker.schema_version import migrate
 
 #: Seconds that the demo's own worker gets to end.
 _GRACE = 10.0

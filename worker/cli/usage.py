@@ -17,10 +17,6 @@ class Misused(typer.TyperException):
     exit_code = 2
 
 
-class NotReady(Exception):
-    """What the command needs is away or taken; the message says what. Exit code 1."""
-
-
 @contextlib.contextmanager
 def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
     """Say where things stand when Ctrl-C ends the block, and with it the command. Exit code 130.

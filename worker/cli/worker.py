@@ -9,11 +9,10 @@ from typing import Annotated, Final
 
 import typer
 
-from worker.cli.readiness import look_at_servers
 from worker.cli.usage import Misused
-from worker.config import HOME, settings
-from worker.db import ROOT
+from worker.config import HOME, ROOT, settings
 from worker.processes import Child, Family
+from worker.readiness import look_at_servers
 
 #: How every worker is started. One thread: the batch is the unit of work, and events of a worker share it.
 CELERY: Final = (

@@ -1,6 +1,7 @@
 """What happens to the money. Read in this order:
 
 rules.py         may this event move this balance? (pure)
+deliveries.py    what goes in: one arrival of an event
 outcomes.py      the answers an event can get
 chain.py         the canonical form of what is recorded, and its hash
 apply.py         one batch in one transaction: lock, look up, decide, record

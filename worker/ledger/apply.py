@@ -17,13 +17,14 @@ from schema.events import Accrual, Event
 from schema.reasons import DeadLetterReason
 
 from . import chain, dead_letters, store
-from .dead_letters import Letter
-from .outcomes import Applied, DeadLettered, Decision, Delivery, Outcome, Rejected, Undecided
+from .dead_letters import NewDeadLetter
+from .deliveries import Delivery, IfShort
+from .outcomes import Applied, DeadLettered, Decision, Outcome, Rejected, Undecided
 from .rules import CLOCK_TOLERANCE, MONEY, Reason, decide, too_far_ahead
 from .store import Account, Earlier, Flow, copy_bytes, copy_line, copy_text
 
-#: Seconds in line for its accounts after which a batch was late: whoever held them may have kept an accrual waiting.
-LATE: Final = 0.5
+#: A batch that waited longer than this for its row locks is contended: an accrual may be waiting for the same holder.
+CONTENDED_AFTER_SECONDS: Final = 0.5
 
 
 def apply_batch(
@@ -31,7 +32,7 @@ def apply_batch(
     deliveries: Sequence[Delivery],
     *,
     stripe: int,
-    letters: Sequence[Letter] = (),
+    letters: Sequence[NewDeadLetter] = (),
     clock: datetime | None = None,
 ) -> list[Outcome]:
     """Decide each delivery once, in the order given, and keep `letters`; all of it or, on any error, nothing.
@@ -47,8 +48,8 @@ def apply_batch(
             accounts = store.lock_accounts(cursor, users) if users else {}
             if len(accounts) < len(users):
                 raise _SomeAreNew  # noqa: TRY301 - the way out of a transaction
-            late = monotonic() - began > LATE
-            return _Batch(stripe, accounts, letters, late=late).run(cursor, deliveries, clock)
+            contended = monotonic() - began > CONTENDED_AFTER_SECONDS
+            return _Batch(stripe, accounts, letters, contended=contended).run(cursor, deliveries, clock)
     except _SomeAreNew:
         pass
     # Only now that the locks are let go: who opens accounts while holding others' can end up waiting for a batch that
@@ -56,8 +57,8 @@ def apply_batch(
     with connection.transaction(), connection.cursor() as cursor:
         store.open_accounts(cursor, users)
         accounts = store.lock_accounts(cursor, users)
-        late = monotonic() - began > LATE
-        return _Batch(stripe, accounts, letters, late=late).run(cursor, deliveries, clock)
+        contended = monotonic() - began > CONTENDED_AFTER_SECONDS
+        return _Batch(stripe, accounts, letters, contended=contended).run(cursor, deliveries, clock)
 
 
 class _SomeAreNew(Exception):
@@ -77,9 +78,11 @@ class _Moment(NamedTuple):
 class _Batch:
     """What one transaction has read, decided and is about to write."""
 
-    def __init__(self, stripe: int, accounts: Mapping[str, Account], letters: Iterable[Letter], *, late: bool) -> None:
+    def __init__(
+        self, stripe: int, accounts: Mapping[str, Account], letters: Iterable[NewDeadLetter], *, contended: bool
+    ) -> None:
         self.stripe = stripe
-        self.late = late
+        self.contended = contended
         self.accounts = accounts
         self.letters = list(letters)
         self.earlier: dict[tuple[str, str], Earlier] = {}
@@ -121,7 +124,10 @@ class _Batch:
         decision: Decision
         if isinstance(verdict, Decimal):
             decision = self._apply(delivery, account, verdict)
-        elif verdict is Reason.INSUFFICIENT_TOKENS and not (delivery.final and not (delivery.prompt and self.late)):
+        elif verdict is Reason.INSUFFICIENT_TOKENS and (
+            delivery.if_short is IfShort.WAIT
+            or (delivery.if_short is IfShort.REJECT_UNLESS_CONTENDED and self.contended)
+        ):
             return Undecided(account.balance)
         else:
             decision = self._reject(delivery, account, verdict)
@@ -231,7 +237,7 @@ class _Batch:
         return moment
 
     def _dead(self, delivery: Delivery, reason: DeadLetterReason, detail: str) -> DeadLettered:
-        self.letters.append(Letter.of_event(reason, detail, delivery.event, delivery.origin))
+        self.letters.append(NewDeadLetter.of_event(reason, detail, delivery.event, delivery.origin))
         return DeadLettered(reason, detail)
 
     def record(self, cursor: Cursor[Any]) -> None:

@@ -16,11 +16,11 @@ from schema.canonical import read_json
 from schema.events import Event, InvalidEvent, event_json, parse_event
 from schema.reasons import DeadLetterReason
 
-from .outcomes import Origin
+from .deliveries import Origin
 from .rules import BALANCE_LIMIT
 
 #: No amount is larger, whatever the setting says now.
-MOST_TOKENS: Final = int(BALANCE_LIMIT)
+MAX_TOKENS: Final = int(BALANCE_LIMIT)
 
 
 #: Characters of headers that every letter of a bulk message keeps; a thousand times a megabyte is no statement.
@@ -28,7 +28,7 @@ _LONG_HEADERS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class NewDeadLetter:
     """A message, or one event of a bulk message, that could not be decided, and why."""
 
     reason: DeadLetterReason
@@ -39,7 +39,7 @@ class Letter:
     event: str | None = None  # JSON text, where the message parses
 
     @classmethod
-    def of_event(cls, reason: DeadLetterReason, detail: str, event: Event, origin: Origin) -> Letter:
+    def of_event(cls, reason: DeadLetterReason, detail: str, event: Event, origin: Origin) -> NewDeadLetter:
         """A letter for an event that parsed."""
         return cls(reason, detail, origin, event.user_id, event.idempotency_key, event_json(event))
 
@@ -60,13 +60,13 @@ def _digest(body: bytes) -> bytes:
     return hashlib.sha256(body).digest()
 
 
-def keep(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None = None) -> None:
+def keep(cursor: Cursor[Any], letters: Sequence[NewDeadLetter], now: datetime | None = None) -> None:
     """Write the letters down; one that is there already counts the delivery, and is open again if it was replayed.
 
     Rows are taken in order of fingerprint, so that two batches with the same letters do not deadlock.
     """
     letters = _reopen(cursor, letters, now)
-    distinct: dict[bytes, Letter] = {}
+    distinct: dict[bytes, NewDeadLetter] = {}
     count: dict[bytes, int] = {}
     for letter in letters:
         fingerprint = letter.fingerprint
@@ -108,7 +108,7 @@ def keep(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None = 
     )
 
 
-def _reopen(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None) -> list[Letter]:
+def _reopen(cursor: Cursor[Any], letters: Sequence[NewDeadLetter], now: datetime | None) -> list[NewDeadLetter]:
     """Open the rows again whose replays came to nothing; the letters that no row stands for are left to write.
 
     A message says itself whose replay it is, so it is believed only if the row holds the very same event: else what
@@ -126,8 +126,8 @@ def _reopen(cursor: Cursor[Any], letters: Sequence[Letter], now: datetime | None
         (numbers,),
     )
     events = {number: _content(event) for number, event in cursor}
-    left: list[Letter] = []
-    failed: dict[int, list[Letter]] = {}
+    left: list[NewDeadLetter] = []
+    failed: dict[int, list[NewDeadLetter]] = {}
     for letter in letters:
         number = letter.origin.replay_of
         if number is None or letter.event is None or events.get(number) != _content(letter.event):
@@ -159,12 +159,12 @@ def _content(event: str | None) -> Event | str | None:
     if event is None:
         return None
     try:
-        return parse_event(read_json(event), max_amount=MOST_TOKENS)
+        return parse_event(read_json(event), max_amount=MAX_TOKENS)
     except InvalidEvent:
         return event
 
 
-def _bodies(letters: Sequence[Letter]) -> list[bytes | None]:
+def _bodies(letters: Sequence[NewDeadLetter]) -> list[bytes | None]:
     """The original bytes of each letter's message.
 
     Events of a bulk message keep their own JSON instead, and where they have none, the first keeps the message: a
@@ -181,7 +181,7 @@ def _bodies(letters: Sequence[Letter]) -> list[bytes | None]:
     return bodies
 
 
-def _headers(letters: Sequence[Letter]) -> list[str | None]:
+def _headers(letters: Sequence[NewDeadLetter]) -> list[str | None]:
     """The headers of each letter's message; long ones are kept by the first letter of a bulk message alone."""
     found: list[str | None] = []
     texts: dict[int, str | None] = {}

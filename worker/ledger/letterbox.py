@@ -31,7 +31,7 @@ _COLUMNS: Final = """
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class DeadLetter:
     """One row, without the message itself."""
 
     id: int
@@ -92,12 +92,12 @@ class Filter:
         return " AND ".join(conditions), parameters
 
 
-def newest(connection: Connection[Any], which: Filter, limit: int, before: int | None = None) -> list[Kept]:
+def newest(connection: Connection[Any], which: Filter, limit: int, before: int | None = None) -> list[DeadLetter]:
     """At most `limit` letters, newest first, numbered below `before`."""
     where, parameters = which.where()
     if before is not None:
         where, parameters["before"] = f"{where} AND id < %(before)s", before
-    with connection.cursor(row_factory=class_row(Kept)) as cursor:
+    with connection.cursor(row_factory=class_row(DeadLetter)) as cursor:
         return cursor.execute(
             f"SELECT {_COLUMNS} FROM dead_letter WHERE {where} ORDER BY id DESC LIMIT %(limit)s".encode(),  # noqa: S608
             parameters | {"limit": limit},
@@ -114,9 +114,9 @@ def numbers(connection: Connection[Any], which: Filter) -> list[int]:
     return [row[0] for row in rows]
 
 
-def find(connection: Connection[Any], number: int) -> tuple[Kept, Message] | None:
+def find(connection: Connection[Any], number: int) -> tuple[DeadLetter, Message] | None:
     """One letter with its message."""
-    with connection.cursor(row_factory=class_row(Kept)) as cursor:
+    with connection.cursor(row_factory=class_row(DeadLetter)) as cursor:
         found = cursor.execute(f"SELECT {_COLUMNS} FROM dead_letter WHERE id = %s".encode(), (number,)).fetchone()  # noqa: S608
     with connection.cursor() as cursor:
         return None if found is None else (found, message(cursor, number))
@@ -130,7 +130,7 @@ def message(cursor: Cursor[Any], number: int) -> Message:
     return Message(*row)
 
 
-def take(cursor: Cursor[Any], wanted: Sequence[int]) -> list[tuple[Kept, str | None]]:
+def take(cursor: Cursor[Any], wanted: Sequence[int]) -> list[tuple[DeadLetter, str | None]]:
     """The letters with these numbers, oldest first, locked until the transaction ends, with their events.
 
     The event is None where there is none, and where it is long: `message` has it.
@@ -142,7 +142,7 @@ def take(cursor: Cursor[Any], wanted: Sequence[int]) -> list[tuple[Kept, str | N
         """.encode(),  # noqa: S608 - our own words
         (list(wanted),),
     )
-    return [(Kept(*row[:-1]), row[-1]) for row in cursor]
+    return [(DeadLetter(*row[:-1]), row[-1]) for row in cursor]
 
 
 def mark_replayed(cursor: Cursor[Any], taken: Sequence[int], by: str) -> None:

@@ -1,52 +1,13 @@
-"""What goes into the ledger, and the answers that come out: each reads as one short line, as Flower shows it."""
+"""The answers that an event can get: each reads as one short line, as Flower shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from schema.canonical import plain_number
-from schema.events import Event
-from schema.reasons import DeadLetterReason
 
-from .chain import payload_hash
 from .rules import Reason
-
-
-class Origin(NamedTuple):
-    """The message a delivery came in: what a dead letter keeps of it."""
-
-    task: str | None = None
-    message_id: str | None = None
-    body: bytes = b""
-    headers: Mapping[str, Any] | None = None
-    event_index: int | None = None  # place in a bulk message
-    replay_of: int | None = None  # the dead letter it says it is a replay of: a hint, for anyone can say so
-
-    def at(self, index: int) -> Origin:
-        """The same message, at its event `index`."""
-        # Written out: _replace takes four times as long, and a message may hold a thousand events.
-        return Origin(self.task, self.message_id, self.body, self.headers, index, self.replay_of)
-
-
-class Delivery(NamedTuple):
-    """One arrival of an event, ready to be decided."""
-
-    event: Event
-    payload_hash: bytes
-    origin: Origin
-    #: Whether too small a balance is the final answer. If not, the burn stays undecided and nothing is written.
-    final: bool
-    #: Reason and sentence of the dead letter it becomes, unless it was decided by an earlier delivery.
-    refusal: tuple[DeadLetterReason, str] | None = None
-    #: Whether that answer is final only if its batch did not have to stand in line for its accounts.
-    prompt: bool = False
-
-    @classmethod
-    def of(cls, event: Event, origin: Origin | None = None, *, final: bool = True) -> Delivery:
-        """Hashes the event's content, so that no lock is held meanwhile."""
-        return cls(event, payload_hash(event), origin or Origin(), final)
 
 
 class Applied(NamedTuple):

@@ -21,9 +21,10 @@ from worker.db import connect
 
 from . import store
 from .apply import apply_batch
-from .dead_letters import Letter
+from .dead_letters import NewDeadLetter
+from .deliveries import Delivery
 from .errors import LOCK_NOT_AVAILABLE, MAX_CULPRITS, Interrupted, SuspiciousBatch, caused_by_event
-from .outcomes import DeadLettered, Delivery, Locked, Outcome
+from .outcomes import DeadLettered, Locked, Outcome
 
 log = structlog.get_logger(__name__)
 
@@ -73,7 +74,7 @@ class Ledger:
         self._holders: dict[str, str] = {}  # in which transaction's hands each locked account was last seen
 
     def settle(
-        self, deliveries: Sequence[Delivery], letters: Sequence[Letter] = (), *, leave_locked: bool = False
+        self, deliveries: Sequence[Delivery], letters: Sequence[NewDeadLetter] = (), *, leave_locked: bool = False
     ) -> list[Outcome]:
         """The outcome of each delivery, durable; the letters are kept.
 
@@ -101,7 +102,7 @@ class Ledger:
             self._batches = 0
         return self._connection
 
-    def attempt(self, deliveries: Sequence[Delivery], letters: Sequence[Letter]) -> list[Outcome]:
+    def attempt(self, deliveries: Sequence[Delivery], letters: Sequence[NewDeadLetter]) -> list[Outcome]:
         """One transaction, once. Raises whatever goes wrong."""
         connection = self.connection()
         self._batches += 1
@@ -208,16 +209,16 @@ class _Settlement:
         self._ledger = ledger
         self._leave_locked = leave_locked
         self._locked: set[str] = set()  # accounts whose events are left
-        self._culprits: list[Letter] = []
+        self._culprits: list[NewDeadLetter] = []
 
-    def run(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
+    def run(self, deliveries: list[Delivery], letters: list[NewDeadLetter]) -> list[Outcome]:
         """Settle all, then keep the culprits: not before it is known that they are few enough to be just that."""
         outcomes = self.settle(deliveries, letters)
         if self._culprits:
             self.settle([], self._culprits)
         return outcomes
 
-    def settle(self, deliveries: list[Delivery], letters: list[Letter]) -> list[Outcome]:
+    def settle(self, deliveries: list[Delivery], letters: list[NewDeadLetter]) -> list[Outcome]:
         """Decide the deliveries in their order, cutting the batch in halves until each part goes through."""
         # Also where they come free meanwhile: of an account's events none is decided before an earlier one.
         if places := _of_users(deliveries, self._locked):
@@ -243,7 +244,7 @@ class _Settlement:
             except _OUR_BUGS as bug:
                 return self._halve(deliveries, letters, bug)
 
-    def _halve(self, deliveries: list[Delivery], letters: list[Letter], error: Exception) -> list[Outcome]:
+    def _halve(self, deliveries: list[Delivery], letters: list[NewDeadLetter], error: Exception) -> list[Outcome]:
         """Single out whom the error is about: n events and k culprits take some 2 k log n transactions."""
         if len(deliveries) + len(letters) <= 1:
             return self._sentence_culprit(deliveries, letters, error)
@@ -256,14 +257,16 @@ class _Settlement:
         middle = len(deliveries) // 2
         return self.settle(deliveries[:middle], []) + self.settle(deliveries[middle:], [])
 
-    def _sentence_culprit(self, deliveries: list[Delivery], letters: list[Letter], error: Exception) -> list[Outcome]:
+    def _sentence_culprit(
+        self, deliveries: list[Delivery], letters: list[NewDeadLetter], error: Exception
+    ) -> list[Outcome]:
         if not deliveries:
             # The letter itself cannot be written: a bug of ours, and the message must not be lost over it.
             raise SuspiciousBatch(1, f"a dead letter ({letters[0].reason if letters else 'none'}): {_sentence(error)}")
         delivery = deliveries[0]
         reason: DeadLetterReason = "refused_by_database" if isinstance(error, psycopg.Error) else "internal_error"
         detail = _sentence(error)
-        self._culprits.append(Letter.of_event(reason, detail, delivery.event, delivery.origin))
+        self._culprits.append(NewDeadLetter.of_event(reason, detail, delivery.event, delivery.origin))
         if len(self._culprits) > MAX_CULPRITS:
             raise SuspiciousBatch(len(self._culprits), self._culprits[0].detail)
         log.warning(
@@ -282,7 +285,9 @@ class _Settlement:
         users = sorted({delivery.event.user_id for delivery in deliveries})
         return _of_users(deliveries, self._ledger.locked(users))
 
-    def _locked_last(self, deliveries: list[Delivery], letters: list[Letter], places: list[int]) -> list[Outcome]:
+    def _locked_last(
+        self, deliveries: list[Delivery], letters: list[NewDeadLetter], places: list[int]
+    ) -> list[Outcome]:
         """Decide what can be decided, then those at `places`, whose accounts are locked, unless they are left.
         Order within each account is kept.
         """

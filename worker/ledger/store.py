@@ -17,8 +17,9 @@ from zlib import crc32
 import psycopg
 from psycopg import Connection, Cursor
 
+from .deliveries import Delivery
 from .errors import LOCK_NOT_AVAILABLE, caused_by_event
-from .outcomes import Applied, Decision, Delivery, Rejected
+from .outcomes import Applied, Decision, Rejected
 from .rules import Reason
 
 #: Tries to open accounts that fail, for somebody else is opening them or the database refuses one: three such are found

@@ -19,7 +19,7 @@ _Blueprint: Any = consumer.Consumer.Blueprint
 class Consumer(consumer.Consumer):
     """Celery's consumer with one handler for every message."""
 
-    batcher: Any  # set by worker.queue.batching.Batching
+    batcher: Any  # set by worker.queue.batcher.Batching
 
     class Blueprint(_Blueprint):
         """Celery's steps, with a mailbox of our own."""

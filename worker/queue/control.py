@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import structlog
 
-from worker.queue.envelope import ascii_line
+from schema.text import ascii_line
 
 control: Any = import_module("celery.worker.consumer.control")
 pidbox: Any = import_module("celery.worker.pidbox")

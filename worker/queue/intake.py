@@ -13,25 +13,22 @@ import structlog
 from celery.worker import state
 from celery.worker.request import Request
 
-from worker.config import Settings
-from worker.ledger.outcomes import Origin
-from worker.queue.envelope import DEATHS_HEADER, RESTORES_HEADER, ascii_line
-
-from . import undeliverable
-from .tasks import (
+from schema.messages import (
     ACCRUE,
     APPLY_MANY,
     BURN,
-    MAX_BODY,
+    MAX_BODY_BYTES,
     REPLAY_HEADER,
+    RESTORES_HEADER,
+    SOLO_DEATHS_HEADER,
     TYPES,
-    Refused,
-    Unreadable,
-    Work,
-    letter_of,
-    read_call,
-    read_work,
 )
+from schema.text import ascii_line
+from worker.config import Settings
+from worker.ledger.deliveries import IfShort, Origin
+from worker.queue.parsing import Refused, Unreadable, Work, letter_of, read_call, read_work
+
+from . import undeliverable
 
 log = structlog.get_logger(__name__)
 
@@ -109,7 +106,7 @@ class Intake:
                 call[1],
                 origin,
                 max_amount=self._settings.max_amount,
-                final=self._settings.burn_patience == 0,
+                if_short=IfShort.WAIT if self._settings.burn_patience else IfShort.REJECT,
             )
         except Unreadable as no:
             return self._refused(message, headers, body, call, no)
@@ -160,7 +157,7 @@ class Intake:
         if item.request is not None:
             state.task_ready(item.request)
 
-    def give_back(self, items: list[Item], unread: list[Any]) -> None:
+    def requeue(self, items: list[Item], unread: list[Any]) -> None:
         """Put messages back where they came from, in this order, uncounted."""
         by_channel: dict[int, list[Any]] = {}
         for item in items:
@@ -173,14 +170,14 @@ class Intake:
             qos = group[0].channel.qos
             tags = [message.delivery_tag for message in group]
             try:
-                if hasattr(qos, "hand_back"):
-                    qos.hand_back(tags)
+                if hasattr(qos, "requeue"):
+                    qos.requeue(tags)
                 else:
                     for message in reversed(group):
                         message.requeue()
             except Exception as error:  # noqa: BLE001 - Redis may be away, or refuse
-                if hasattr(qos, "give_up"):
-                    qos.give_up(tags)
+                if hasattr(qos, "requeue_later"):
+                    qos.requeue_later(tags)
                 log.warning(
                     "could not put messages back: they go when Redis takes them, or after the visibility timeout",
                     messages=len(group),
@@ -191,7 +188,7 @@ class Intake:
         """An item that is nothing but a dead letter."""
         work = Work(bulk=False)
         if call is None and no.reason not in {"undecodable", "oversized"}:
-            call = _glance(body, MAX_BODY if no.reason != "poison" else _HARMLESS)
+            call = _glance(body, MAX_BODY_BYTES if no.reason != "poison" else _HARMLESS)
         kwargs = call[1] if isinstance(call, list) and len(call) > 1 else None
         origin = self._origin(message, headers, body)
         letter = letter_of(kwargs, no.reason, no.sentence, origin, type_=TYPES.get(origin.task or ""))
@@ -220,7 +217,7 @@ class Intake:
         return Origin(
             _text(headers.get("task")),
             _text(headers.get("id")),
-            body[:MAX_BODY],
+            body[:MAX_BODY_BYTES],
             kept,
             replay_of=replay_of if type(replay_of) is int and 0 < replay_of < 1 << 63 else None,
         )
@@ -302,7 +299,7 @@ def _refusal(message: Any, headers: dict[str, Any], size: int) -> Refused | None
             size=size,
             known=TASKS,
             revoked=state.revoked,
-            deaths=_count(headers, DEATHS_HEADER),
+            deaths=_count(headers, SOLO_DEATHS_HEADER),
         )
     except Refused as refused:
         return refused

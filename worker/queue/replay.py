@@ -20,13 +20,13 @@ from psycopg.errors import DeadlockDetected, LockNotAvailable
 
 from schema.canonical import read_json
 from schema.events import Event, InvalidEvent, parse_event
+from schema.messages import APPLY_MANY, REPLAY_HEADER, TYPES
 from schema.publisher import Publisher, PublishError
 from worker.ledger import dead_letters, letterbox
-from worker.ledger.dead_letters import Letter
-from worker.ledger.letterbox import Kept, Message
-from worker.ledger.outcomes import Origin
-
-from .tasks import APPLY_MANY, REPLAY_HEADER, TYPES, Unreadable, read_call, read_work
+from worker.ledger.dead_letters import NewDeadLetter
+from worker.ledger.deliveries import Origin
+from worker.ledger.letterbox import DeadLetter, Message
+from worker.queue.parsing import Unreadable, read_call, read_work
 
 #: Letters, and events, in one transaction: what is published again when it is interrupted.
 LETTERS_AT_ONCE: Final = 200
@@ -55,9 +55,9 @@ class Report:
 class _Opened:
     """What is in a letter: events to publish, and those of a bulk message that stay dead letters."""
 
-    kept: Kept
+    kept: DeadLetter
     events: list[tuple[Event, int | None]]  # with the place in a bulk message
-    letters: list[Letter]
+    letters: list[NewDeadLetter]
 
 
 def replay(
@@ -108,7 +108,7 @@ def _replay_some(
     with connection.transaction(), connection.cursor() as cursor:
         taken = {each[0].id: each for each in letterbox.take(cursor, numbers)}
         messages: list[tuple[Event, str, Mapping[str, str | int]]] = []
-        left: list[Letter] = []
+        left: list[NewDeadLetter] = []
         replayed: list[int] = []
         for number in numbers:
             if len(messages) >= EVENTS_AT_ONCE:
@@ -131,7 +131,7 @@ def _replay_some(
     return report
 
 
-def refusal(kept: Kept, message: Message, max_amount: int) -> str | None:
+def refusal(kept: DeadLetter, message: Message, max_amount: int) -> str | None:
     """Why a letter that is open could not be replayed now; None if it could."""
     try:
         _read(kept, message, max_amount)
@@ -141,7 +141,7 @@ def refusal(kept: Kept, message: Message, max_amount: int) -> str | None:
 
 
 def _open(
-    cursor: Cursor[Any], taken: tuple[Kept, str | None] | None, states: frozenset[str], max_amount: int
+    cursor: Cursor[Any], taken: tuple[DeadLetter, str | None] | None, states: frozenset[str], max_amount: int
 ) -> _Opened:
     if taken is None:
         raise CannotReplay("there is no such dead letter.")
@@ -152,7 +152,7 @@ def _open(
     return _read(kept, Message(event, None, None) if alone else letterbox.message(cursor, kept.id), max_amount)
 
 
-def _read(kept: Kept, message: Message, max_amount: int) -> _Opened:
+def _read(kept: DeadLetter, message: Message, max_amount: int) -> _Opened:
     """What is in the letter. Raises CannotReplay."""
     if kept.reason == "conflict":
         raise CannotReplay("its key stands for another event, now and for ever: discard it, and send a new key.")
@@ -171,7 +171,7 @@ def _read(kept: Kept, message: Message, max_amount: int) -> _Opened:
     return _Opened(kept, [(event, None)], [])
 
 
-def _read_bulk(kept: Kept, message: Message, max_amount: int) -> _Opened:
+def _read_bulk(kept: DeadLetter, message: Message, max_amount: int) -> _Opened:
     """The events of a bulk message that was refused whole; those of them that are invalid get a letter each."""
     kwargs = read_json(message.event) if message.event is not None else _arguments(kept, message)
     headers = message.headers if isinstance(message.headers, dict) else None
@@ -185,7 +185,7 @@ def _read_bulk(kept: Kept, message: Message, max_amount: int) -> _Opened:
     return _Opened(kept, [(each.event, each.origin.event_index) for each in work.deliveries], work.letters)
 
 
-def _arguments(kept: Kept, message: Message) -> object:
+def _arguments(kept: DeadLetter, message: Message) -> object:
     """The keyword arguments in the original bytes."""
     if message.body is None:
         when = "never kept" if kept.purged_at is None else f"purged on {kept.purged_at:%Y-%m-%d}"
@@ -199,17 +199,17 @@ def _arguments(kept: Kept, message: Message) -> object:
     return call[1] if isinstance(call, list) and len(call) > 1 else None
 
 
-def _is_bulk(kept: Kept) -> bool:
+def _is_bulk(kept: DeadLetter) -> bool:
     return kept.task == APPLY_MANY and kept.event_index is None
 
 
-def _closed(kept: Kept) -> str:
+def _closed(kept: DeadLetter) -> str:
     when = f"{kept.state_changed_at:%Y-%m-%d %H:%M:%S}" if kept.state_changed_at else "some time"
     what = f"it was {kept.state} by {kept.state_changed_by} on {when}"
     return f"{what}; to publish its events once more, add --again." if kept.state == "replayed" else f"{what}."
 
 
-def _message_id(kept: Kept, place: int | None) -> str:
+def _message_id(kept: DeadLetter, place: int | None) -> str:
     """The same at every replay of the letter: should the replay be a dead letter too, it is one, not one a replay."""
     return str(uuid5(_NAMESPACE, f"{kept.fingerprint.hex()}:{place}"))
 

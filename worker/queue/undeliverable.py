@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-from worker.queue.envelope import REASON_HEADER, UNDECODABLE_TASK, ascii_line
-
-from .tasks import MAX_BODY, Refused, Unreadable
+from schema.messages import MAX_BODY_BYTES, UNDECODABLE_REASON_HEADER, UNDECODABLE_TASK
+from schema.text import ascii_line
+from worker.queue.parsing import Refused, Unreadable
 
 #: Deaths of a worker while it had a message in hand alone, after which the message is held to be the cause.
 POISONED: Final = 5
@@ -34,9 +34,9 @@ def check(
     """
     task = headers.get("task")
     if task == UNDECODABLE_TASK:
-        raise Unreadable("undecodable", f"The message cannot be read: {_why(headers.get(REASON_HEADER))}.")
-    if size > MAX_BODY:
-        raise Unreadable("oversized", f"The message is {size} bytes long: at most {MAX_BODY} are read.")
+        raise Unreadable("undecodable", f"The message cannot be read: {_why(headers.get(UNDECODABLE_REASON_HEADER))}.")
+    if size > MAX_BODY_BYTES:
+        raise Unreadable("oversized", f"The message is {size} bytes long: at most {MAX_BODY_BYTES} are read.")
     if deaths >= POISONED:
         raise Unreadable("poison", f"{deaths} workers died while they had this message in hand and nothing else.")
     if not isinstance(task, str) or task not in known:

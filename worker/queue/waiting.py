@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import structlog
 
 from worker.config import Settings
-from worker.ledger.outcomes import Delivery
+from worker.ledger.deliveries import Delivery, IfShort
 
 from .intake import Item
 from .patience import LOOK_EVERY, Patience, WaitingRoom
@@ -55,8 +55,8 @@ class Part:
         """No more patience: too small a balance is the answer now, unless somebody held the account until just now.
         That is asked once: an account that many are busy with is nearly always held.
         """
-        prompt = not self.grace
-        self.deliveries = [delivery._replace(final=True, prompt=prompt) for delivery in self.deliveries]
+        if_short = IfShort.REJECT if self.grace else IfShort.REJECT_UNLESS_CONTENDED
+        self.deliveries = [delivery._replace(if_short=if_short) for delivery in self.deliveries]
 
 
 class Look(NamedTuple):
@@ -94,8 +94,8 @@ class Waiting:
 
     def for_tokens(self, item: Item, delivery: Delivery, place: int, part: Part) -> None:
         """Let a burn wait for its accrual. It came in `part`, whose patience it goes on with if it was alone there."""
-        if delivery.final:  # somebody held its account until just now, and maybe its accrual up
-            part = Part(item, [delivery._replace(final=False, prompt=False)], [place], self._grace)
+        if delivery.if_short is not IfShort.WAIT:  # its batch was contended, and so may its accrual have been
+            part = Part(item, [delivery._replace(if_short=IfShort.WAIT)], [place], self._grace)
         elif len(part.places) > 1:
             part = Part(item, [delivery], [place])
         self._patience.add(part)
@@ -105,8 +105,9 @@ class Waiting:
         """Let an event wait for its account to be unlocked. Patience, if any was spent, begins anew after that, as no
         accrual could come before, and lasts longer.
         """
-        final = delivery.final and self._final_at_once
-        self._locked.add(Part(item, [delivery._replace(final=final, prompt=False)], [place], self._grace))
+        reject = self._final_at_once and delivery.if_short is not IfShort.WAIT
+        if_short = IfShort.REJECT if reject else IfShort.WAIT
+        self._locked.add(Part(item, [delivery._replace(if_short=if_short)], [place], self._grace))
         _set_aside(item)
 
     def keep_locked(self, part: Part) -> bool:
@@ -198,5 +199,5 @@ class Waiting:
 
 def _set_aside(item: Item) -> None:
     """What waits does not count against prefetch: a thousand burns must not keep their accruals out."""
-    if set_aside := getattr(item.message.channel.qos, "set_aside", None):
-        set_aside(item.message.delivery_tag)
+    if park := getattr(item.message.channel.qos, "park", None):
+        park(item.message.delivery_tag)

@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI, Query, Response
 from psycopg import AsyncConnection, OperationalError
 from psycopg.errors import UndefinedTable
 
-from schema.answers import (
+from schema.responses import (
     MAX_KEYS,
     MAX_WAIT,
     Answer,
@@ -28,7 +28,7 @@ from schema.answers import (
     Rejections,
     TransactionHistory,
 )
-from worker import db
+from worker import db, schema_version
 from worker.config import Settings
 from worker.hosts import Hosts
 from worker.listening import listen
@@ -125,7 +125,7 @@ def create_app(settings: Settings, host: str | None = None) -> FastAPI:
         """This process is alive; it asks no one else."""
         return _json(Health(status="ok"))
 
-    known = db.known_revision()
+    known = schema_version.known_revision()
     warned: set[str | None] = set()
 
     @app.get("/readyz", response_model=Health, responses=problems.documented(503), operation_id="readyz")
@@ -172,7 +172,7 @@ def _json(answer: Answer) -> Response:
 
 
 async def _revision(connection: AsyncConnection) -> str | None:
-    db.refuse_old_server(connection)
+    schema_version.refuse_old_server(connection)
     try:
         row = await (await connection.execute("SELECT version_num FROM alembic_version")).fetchone()
     except UndefinedTable:
@@ -188,6 +188,6 @@ def _check_schema(settings: Settings) -> str | None:
     impatient = settings.model_copy(update={"statement_timeout": READY_WITHIN, "lock_timeout": READY_WITHIN})
     try:
         with db.connect(settings.database(), impatient, name="tokentrail api") as connection:
-            return db.check_schema(connection)
+            return schema_version.check_schema(connection)
     except OperationalError as error:
         raise DatabaseAway("The database went away while it was looked at: try again in a few seconds.") from error

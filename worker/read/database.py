@@ -14,7 +14,7 @@ from psycopg import AsyncConnection, InterfaceError, OperationalError
 from psycopg.errors import UndefinedColumn, UndefinedTable
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from worker.db import SchemaError
+from worker.schema_version import SchemaError
 
 log = structlog.get_logger(__name__)
 

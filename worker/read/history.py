@@ -12,7 +12,7 @@ from typing import Any, Final
 from psycopg import AsyncConnection, Connection
 from psycopg.rows import dict_row
 
-from schema.answers import Pagination, TransactionHistory, transaction
+from schema.responses import Pagination, TransactionHistory, transaction
 
 TOTAL: Final = "SELECT sequence FROM account WHERE user_id = %s"
 

@@ -11,8 +11,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from schema.answers import HistoryQuery, Problem, ReceiptsQuery
-from worker.db import SchemaError
+from schema.responses import HistoryQuery, Problem, ReceiptsQuery
+from worker.schema_version import SchemaError
 
 from .database import DatabaseAway
 

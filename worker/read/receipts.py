@@ -14,7 +14,7 @@ from typing import Any, Final
 from psycopg import AsyncConnection, Connection
 from psycopg.rows import dict_row
 
-from schema.answers import (
+from schema.responses import (
     AppliedReceipt,
     DeadLetteredReceipt,
     Receipt,

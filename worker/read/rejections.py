@@ -8,7 +8,7 @@ from typing import Any, Final
 from psycopg import AsyncConnection, Connection
 from psycopg.rows import dict_row
 
-from schema.answers import Pagination, Rejections, rejection
+from schema.responses import Pagination, Rejections, rejection
 
 from .history import page_numbers
 

@@ -1,0 +1,76 @@
+"""A Python project that is not this one: it has installed the client's wheel, and finds nothing else of ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+from worker.config import ROOT
+
+
+class Producer(NamedTuple):
+    """Where the wheel is, where it is installed, and the folder where the project's programs are."""
+
+    wheel: Path
+    installed: Path
+    folder: Path
+
+    def run(self, program: str, *arguments: str, packages: Path | None = None) -> str:
+        """What `program` prints, as a script in a process of its own. `packages` stand in for those beside us."""
+        script = self.folder / "program.py"
+        script.write_text(program)
+        found = [packages] if packages else [self.installed, sysconfig.get_path("purelib")]
+        ended = subprocess.run(
+            # Without `site` no .pth file is read: one leads from the packages beside us to this repository.
+            [sys.executable, "-S", script, *arguments],
+            cwd=self.folder,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(map(str, found))},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert ended.returncode == 0, f"{program}\n{ended.stdout}\n{ended.stderr}"
+        assert "Traceback" not in ended.stderr
+        return ended.stdout
+
+
+def built(folder: Path) -> Path:
+    """The wheel that `make client` builds in a copy of what it needs, which is a clone with a virtual environment."""
+    clone = folder / "a clone"
+    for name in ("client", "schema"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    (clone / ".venv").mkdir()
+    for part in ("bin", "lib", "pyvenv.cfg"):
+        (clone / ".venv" / part).symlink_to(Path(sys.executable).parents[1] / part)
+    (clone / ".venv" / "made-in").write_text(f"{clone.resolve()}\n")
+    (clone / ".venv" / "runtime").touch()  # nothing to install: it is all there
+    said = subprocess.run(
+        ["make", "client"],
+        cwd=clone,
+        env={**os.environ, "PIP_NO_INDEX": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert said.returncode == 0, f"{said.stdout}\n{said.stderr}"
+    return clone / said.stdout.strip()
+
+
+def made(folder: Path) -> Producer:
+    wheel, installed, programs = built(folder), folder / "installed", folder / "programs"
+    programs.mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", installed, wheel],
+        check=True,
+    )
+    return Producer(wheel, installed, programs)

@@ -1,0 +1,168 @@
+"""A deployment half-way: the schema is that of a release to come, and this code's processes run on beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from tests.kit.brokers import eventually, free_port
+from tests.kit.stage import Stage, accrual, burn
+from worker.config import ROOT
+
+TOKENTRAIL = (sys.executable, "-m", "worker.cli")
+
+#: What a release to come may bring to each table that workers write to, in the words for it.
+NEXT = '''"""add notes
+
+Why: a migration that the code of before does not know.
+Deploy: any time, under load.
+"""
+
+from alembic import op
+
+from migrations.steps import add_constraint, add_index, briefly, steps
+
+revision = "0003"
+down_revision = "0002"
+
+TABLES = ("account", "transaction_record", "accrual_record", "burned_credit", "rejected_event", "dead_letter",
+          "global_token_balance", "token_flow")
+
+
+def upgrade():
+    with steps():
+        briefly("CREATE TABLE IF NOT EXISTS note (user_id text NOT NULL, text text NOT NULL)")
+        for table in TABLES:
+            briefly(
+                f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS note text,"
+                " ADD COLUMN IF NOT EXISTS notes integer NOT NULL DEFAULT 0",
+                on=table,
+            )
+        add_constraint("account", "ck_account_notes_not_negative", "CHECK (notes >= 0)")
+        add_index("transaction_record", "ix_transaction_record_note", "(note) WHERE note IS NOT NULL")
+
+
+def downgrade():
+    for table in TABLES:
+        op.execute(f"ALTER TABLE {table} DROP COLUMN note, DROP COLUMN notes")
+    op.execute("DROP TABLE note")
+'''
+
+NEWER = "The schema is at 0003, newer than this code (0002)"
+
+
+@pytest.fixture
+def newer_code(tmp_path):
+    """A clone of the release to come."""
+    folder = tmp_path / "newer code"
+    for name in ("migrations", "schema", "worker"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copy(ROOT / "celeryconfig.py", folder)
+    (folder / "migrations" / "versions" / "0003_add_notes.py").write_text(NEXT)
+    return folder
+
+
+@pytest.fixture
+def stage(database_url, broker_url, tmp_path):
+    stage = Stage(database_url, broker_url, tmp_path)
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def environment(stage):
+    return {**os.environ, "DATABASE_URL": stage.database_url, "BROKER_URL": stage.broker_url}
+
+
+def said(folder, environment, *arguments):
+    """Exit code, standard output and standard error."""
+    ended = subprocess.run(
+        [*TOKENTRAIL, *arguments],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def test_workers_and_api_of_before_run_on_beside_a_schema_that_is_newer(stage, environment, newer_code, tmp_path):
+    old, new = stage.start(burn_patience=0), stage.publisher
+    new.publish_all([accrual("ann", 10, "a-1"), burn("ann", 1, "b-1")])
+    eventually(lambda: stage.balance("ann") == 9, 30)
+
+    refused = "The schema is at 0002 and this code needs 0003: run `tokentrail migrate`."
+    assert said(newer_code, environment, "worker") == (1, "", f"tokentrail: {refused}\n")
+    assert said(newer_code, environment, "migrate") == (0, "Migrated the schema from 0002 to 0003.\n", "")
+
+    # The worker that was there before it.
+    new.publish_all(
+        [accrual("ann", 1, "a-2"), burn("ann", 2, "b-2"), burn("ann", 100, "b-3"), accrual("ann", 5, "a-2")]
+    )
+    new.publish_all([accrual("bob", 3, "a-1")])
+    eventually(lambda: stage.balance("bob") == 3 and stage.in_redis() == 0, 30)
+    assert stage.balance("ann") == 8
+    assert [stage.count(table) for table in ("transaction_record", "rejected_event", "dead_letter")] == [5, 1, 1]
+    old.send_signal(signal.SIGTERM)
+    assert old.wait(30) == 0
+
+    # One that starts now.
+    log = tmp_path / "said"
+    with log.open("w") as output:
+        worker = subprocess.Popen([*TOKENTRAIL, "worker"], cwd=ROOT, env=environment, stdout=output, stderr=output)
+    stage.workers.append(worker)
+    new.publish_all([burn("bob", 1, "b-1"), accrual("cid", 4, "a-1")])
+    eventually(lambda: stage.balance("cid") == 4 and stage.balance("bob") == 2, 60)
+    assert log.read_text().startswith(f"{NEWER}; deploy the newer code soon.\n")
+    assert stage.broken() == []
+
+    # And what else asks for the schema.
+    warning = f"{NEWER}; deploy the newer code soon.\n"
+    assert said(ROOT, environment, "migrate") == (0, f"Left as it is: {warning}", "")
+    assert said(ROOT, environment, "migrate", "status") == (0, warning, "")
+    for command in ("stamp", "downgrade"):
+        refused = f"tokentrail: {NEWER}: use the newer code.\n"
+        assert said(ROOT, environment, "migrate", command) == (1, "", refused)
+    history = json.loads(said(ROOT, environment, "history", "bob", "--json")[1])
+    assert [each["balanceAfter"] for each in history["transactions"]] == ["2", "3"]
+    assert stage.rows("SELECT version_num FROM alembic_version") == [("0003",)]
+
+
+def test_the_api_of_before_answers_beside_a_schema_that_is_newer_and_warns_once(
+    stage, environment, newer_code, tmp_path
+):
+    assert said(newer_code, environment, "migrate")[0] == 0
+    port = free_port()
+    log = tmp_path / "said"
+    with log.open("w") as output:
+        api = subprocess.Popen(
+            [*TOKENTRAIL, "api", "--port", str(port)], cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
+    stage.workers.append(api)
+
+    def status(path):
+        try:
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
+
+    eventually(lambda: status("/readyz") == 200 or api.poll() is not None, 60)
+    assert [status("/readyz"), status("/api/account/transaction-history?userId=ann"), status("/readyz")] == [200] * 3
+    assert log.read_text().count("the schema is newer than this code, answering from it") == 1
+    assert log.read_text().count(f"{NEWER}; deploy the newer code soon.") == 1
