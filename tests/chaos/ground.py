@@ -18,9 +18,8 @@ from redis.retry import Retry
 from schema.publisher import Publisher, PublishError
 from tests.kit.messages import PRIORITY_STEPS, key
 from tests.kit.wait import eventually
+from tests.kit.workers import Worker
 from worker.ledger.invariants import check
-
-from .workers import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +81,7 @@ class Ground:
             "DATABASE_URL": database_url or self.database_url,
             "BROKER_URL": broker_url or self.broker_url,
         }
-        worker = Worker(f"w{next(self._names)}", self.folder, environment, poison, quit_at)
+        worker = Worker(f"w{next(self._names)}", self.folder, environment, poison=poison, quit_at=quit_at)
         self.workers.append(worker)
         return worker
 
@@ -128,7 +127,7 @@ class Ground:
         self.publish_bulk(books.opening())
         funder = self.work(**(worker_of or {}))
         eventually(lambda: self.decided() == len(books.expected))
-        assert funder.stop() == 0, funder.last_words()
+        assert funder.stop() == 0, funder.log_end()
 
     # PostgreSQL
 
@@ -188,7 +187,7 @@ class Verdict:
         self.wrong = {what: names for what, names in wrong.items() if names}
         self.queued, self.held = ground.queued(), ground.held()
         self._books = books
-        self._logs = "\n".join(f"--- {worker.name}\n{worker.last_words()}" for worker in ground.workers[-3:])
+        self._logs = "\n".join(f"--- {worker.name}\n{worker.log_end()}" for worker in ground.workers[-3:])
 
     def assert_nothing_lost(self, what: str) -> None:
         """One outcome for each key and the right one, every balance and invariant, nothing left in Redis."""

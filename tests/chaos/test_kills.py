@@ -118,7 +118,7 @@ def test_rolling_restarts_under_load_leave_nothing_to_the_visibility_timeout(gro
         for _ in range(restarts):
             new = ground.work(**settings)
             time.sleep(books.random.uniform(0, WORK))
-            assert old.stop() == 0, old.last_words()
+            assert old.stop() == 0, old.log_end()
             old = new
     ground.drain(books).assert_nothing_lost(f"{restarts} rolling restarts")
 

@@ -54,8 +54,8 @@ def test_nothing_is_lost_and_no_worker_ends_when_postgresql_crashes(ground, book
     ground.drain(books).assert_nothing_lost(told)
     assert [worker.alive for worker in workers] == [True, True]
     # Each of the two says it once an outage, however often it tried.
-    assert max(worker.said(AWAY) for worker in workers) <= crashes
-    assert all(worker.said(BACK) == worker.said(AWAY) for worker in workers)
+    assert max(worker.logged(AWAY) for worker in workers) <= crashes
+    assert all(worker.logged(BACK) == worker.logged(AWAY) for worker in workers)
 
 
 def test_a_full_redis_is_drained_without_an_operator(ground, books):
@@ -113,15 +113,15 @@ def away_and_back(ground, books, worker, leave, come_back):
     """While PostgreSQL is away: keep what is in hand, fetch no more, say so once, go on alone."""
     leave()
     ground.publish(books.messages_for(100))
-    eventually(lambda: worker.said(AWAY) == 1)
+    eventually(lambda: worker.logged(AWAY) == 1)
     ground.publish(books.messages_for(1500))
     time.sleep(2)  # several tries, and a visibility timeout: this is the outage
     held, queued = ground.held(), ground.queued()
     print(f"{held} messages in hand, {queued} left in the queue during the outage")
     assert held > 0, "it has let go of what it had in hand"
     assert queued >= 1000, "it goes on fetching what it cannot decide"
-    assert worker.said("their worker sent no heartbeat") == 0, "another worker's heartbeats have stopped"
+    assert worker.logged("their worker sent no heartbeat") == 0, "another worker's heartbeats have stopped"
     come_back()
     ground.drain(books).assert_nothing_lost("PostgreSQL was away")
     assert worker.alive
-    assert (worker.said(AWAY), worker.said(BACK)) == (1, 1)
+    assert (worker.logged(AWAY), worker.logged(BACK)) == (1, 1)

@@ -40,8 +40,8 @@ def test_a_sigquit_between_an_outcome_and_its_answer_does_not_wait_for_itself(gr
     worker = ground.start(quit_at="task-started", visibility_timeout=3600).ready()
     ground.publish(books.messages_for(200))
     worker.process.join(15)  # less than the soft shutdown, which it would sleep through
-    assert worker.process.exitcode == 0, worker.last_words()
-    assert worker.said("Traceback") == 0, worker.last_words()
+    assert worker.process.exitcode == 0, worker.log_end()
+    assert worker.logged("Traceback") == 0, worker.log_end()
     assert ground.held() == 0, "what it had in hand is neither acknowledged nor put back"
     ground.work()
     ground.drain(books).assert_nothing_lost("a SIGQUIT in the middle of an answer")
@@ -59,7 +59,7 @@ def test_a_stop_while_postgresql_is_away_puts_everything_back_uncounted(ground, 
     stops = sized(2, 8)
     for _ in range(stops):
         worker = ground.work(visibility_timeout=3600)
-        eventually(lambda: worker.said("database not available") == 1)  # noqa: B023
+        eventually(lambda: worker.logged("database not available") == 1)  # noqa: B023
         assert ground.held() == len(queued)
         assert worker.stop(sign, SOON) == 0
         with ground.redis() as client:

@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md and the maps in the packages are true: what they say of this repository is looked up in it."""
+"""The files and packages that documents and package maps name exist, and package maps are complete."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FILE = r"[\w.-]+(?:/[\w.-]+)*\.(?:py|md|toml|lock|yml|svg|lua|mako)\b"
 
 
-def brought_in():
-    """Who brings in what is called as our packages are: the own installation, editable or not, does not count."""
-    found = packages_distributions()
-    return {name: sorted(set(found.get(name, [])) - {"tokentrail"}) for name in ("schema", "worker")}
+def dependencies_with_our_names():
+    """Distributions, other than tokentrail's own, with a package `schema` or `worker`."""
+    distributions = packages_distributions()
+    return {name: sorted(set(distributions.get(name, [])) - {"tokentrail"}) for name in ("schema", "worker")}
 
 
-def test_no_dependency_is_imported_by_the_name_of_one_of_our_packages():
-    assert brought_in() == {"schema": [], "worker": []}
+def test_no_dependency_has_a_package_named_schema_or_worker():
+    assert dependencies_with_our_names() == {"schema": [], "worker": []}
 
 
-def test_a_dependency_with_the_name_of_one_of_our_packages_would_be_found(tmp_path, monkeypatch):
+def test_a_dependency_with_such_a_package_would_be_detected(tmp_path, monkeypatch):
     for project, file in {"worker": "worker/__init__.py", "json-schema-of-others": "schema.py"}.items():
         installed = tmp_path / f"{project.replace('-', '_')}-1.0.dist-info"
         installed.mkdir()
         (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).touch()  # the newer Pythons leave out what RECORD names and is not there
+        (tmp_path / file).touch()  # newer Pythons ignore files of RECORD that do not exist
         (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n")
         (installed / "RECORD").write_text(f"{file},,\n{installed.name}/METADATA,,\n{installed.name}/RECORD,,\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    assert brought_in() == {"schema": ["json-schema-of-others"], "worker": ["worker"]}
+    assert dependencies_with_our_names() == {"schema": ["json-schema-of-others"], "worker": ["worker"]}
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: str(package.relative_to(ROOT)))
-def test_the_map_in_a_package_names_all_that_is_in_it_and_nothing_else(package):
-    """Modules by name, packages with a slash; what pytest finds by itself needs no map."""
-    said = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
-    found_by_pytest = {*package.glob("test_*.py"), package / "conftest.py"}
-    modules = {path.stem for path in {*package.glob("[!_]*.py")} - found_by_pytest}
+def test_the_map_of_a_package_is_complete(package):
+    """It has modules by name and packages with a slash; it may omit what pytest collects."""
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    collected = {*package.glob("test_*.py"), package / "conftest.py"}
+    modules = {path.stem for path in {*package.glob("[!_]*.py")} - collected}
     inner = {path.name for path in package.glob("[!_.]*") if path.is_dir() and any(path.glob("[!_.]*"))}
-    words = set(re.findall(r"\w+", said))
+    words = set(re.findall(r"\w+", text))
     assert modules - words == set()
-    assert {name for name in inner if f"{name}/" not in said} == set()
-    named = [*re.findall(FILE, said), *re.findall(r"^ *(\w+/)", said, re.MULTILINE)]
+    assert {name for name in inner if f"{name}/" not in text} == set()
+    named = [*re.findall(FILE, text), *re.findall(r"^ *(\w+/)", text, re.MULTILINE)]
     assert [name for name in named if not any((folder / name).exists() for folder in (package, ROOT))] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_every_file_and_folder_that_a_document_names_exists(document):
-    """From the top, from the document's own folder, or, in a drawing, from worker/; a bare name may be anywhere."""
-    ours = [ROOT / top for top in ("schema", "worker", "migrations", "bench", "tests", "docs")]
-    anywhere = {path.name for top in ours for path in top.rglob("*")}
+    """Relative to the root, the document or, in a drawing, worker/; a bare name may be anywhere."""
+    tops = [ROOT / top for top in ("schema", "worker", "migrations", "bench", "tests", "docs")]
+    anywhere = {path.name for top in tops for path in top.rglob("*")}
     text = document.read_text()
     named = {
         *re.findall(rf"(?<![\w/.:-]){FILE}", text),
@@ -76,7 +76,7 @@ def test_every_file_and_folder_that_a_document_names_exists(document):
 
 
 def test_the_rules_of_the_ledger_need_nothing_but_the_standard_library():
-    """Nor anything of ours, so that whoever audits them has read it all."""
+    """Nor other modules of tokentrail, so that they can be audited alone."""
     for module in ("rules", "errors"):
         imports = [
             node

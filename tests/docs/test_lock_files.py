@@ -1,4 +1,4 @@
-"""The lock files: what they must hold, and what would tie them to one machine."""
+"""The lock files have every dependency, with hashes, and name no package index."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def locked(lock: str) -> dict[str, str]:
     return {name.partition("[")[0]: version + rest for name, version, rest in entries}
 
 
-def wanted(group: str) -> set[str]:
+def required(group: str) -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    asked = project["project"]["dependencies"] if group == "runtime" else project["dependency-groups"][group]
-    names = {re.match(r"[\w.-]+", each).group().lower() for each in asked if isinstance(each, str)}
-    included = {each["include-group"] for each in asked if not isinstance(each, str)}
-    return names.union(*map(wanted, included))
+    requirements = project["project"]["dependencies"] if group == "runtime" else project["dependency-groups"][group]
+    names = {re.match(r"[\w.-]+", each).group().lower() for each in requirements if isinstance(each, str)}
+    included = {each["include-group"] for each in requirements if not isinstance(each, str)}
+    return names.union(*map(required, included))
 
 
-def test_lock_files_hold_all_that_pyproject_asks_for():
-    assert wanted("runtime") | wanted("build") <= locked("requirements.lock").keys()
-    assert wanted("runtime") | wanted("dev") <= locked("requirements-dev.lock").keys()
+def test_lock_files_have_every_dependency_of_pyproject():
+    assert required("runtime") | required("build") <= locked("requirements.lock").keys()
+    assert required("runtime") | required("dev") <= locked("requirements-dev.lock").keys()
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -37,11 +37,11 @@ def test_every_locked_package_has_its_hashes(lock):
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_file_names_no_place_to_fetch_from(lock):
+def test_a_lock_file_names_no_package_index(lock):
     assert re.findall(r"^-.*|.*(?:://|file:).*", (ROOT / lock).read_text(), re.MULTILINE) == []
 
 
-def test_tests_run_with_the_versions_that_users_get():
+def test_tests_and_users_have_the_same_versions():
     tested, used = locked("requirements-dev.lock"), locked("requirements.lock")
     versions = [(name, rest.split()[0], tested[name].split()[0]) for name, rest in used.items()]
     assert [each for each in versions if each[1] != each[2]] == []

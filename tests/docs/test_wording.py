@@ -15,7 +15,7 @@ INSTEAD = {
     r"(put|puts|give|gives|gave|hand|hands|handed) (it |them |messages )?back\b": "requeue or restore",
     r"before the trail": "legacy",
     r"\bmend(s|ed|ing)?\b": "fix",
-    r"in line\b(?! with)": "wait for the row lock",
+    r"\b(stand|stands|stood|standing|waits?|seconds) in line\b": "wait for the row lock",
     r"let(s)? go of": "release",
     r"\bweather\b": "transient error",
     r"\bwhose hands\b": "lock holder",

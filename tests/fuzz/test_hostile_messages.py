@@ -85,7 +85,7 @@ class Traffic:
         """Until at most so many messages are in Redis."""
         before, deadline = None, time.monotonic() + STUCK
         while (left := self._left()) > most:
-            assert self.worker.poll() is None, f"the worker ended:\n{self.stage.log()[-3000:]}"
+            assert self.worker.alive, f"the worker ended:\n{self.stage.log()[-3000:]}"
             if left != before:
                 before, deadline = left, time.monotonic() + STUCK
             assert time.monotonic() < deadline, f"{left} messages are stuck:\n{self.stage.log()[-3000:]}"
@@ -135,7 +135,7 @@ def test_every_hostile_message_is_accounted_for_and_harms_nobody(traffic, stage,
     print(f"{accounts.messages:,} messages, {accounts.total:,} events: {decided}, dead letters {reasons}")
     print(f"memory in MiB, after every {PORTION:,}: {[each >> 20 for each in measured]}")
 
-    assert traffic.worker.poll() is None, "the process that began is the one that is there"
+    assert traffic.worker.alive, "the process that began is the one that is there"
     assert len(stage.workers) == 1
     with psycopg.connect(stage.database_url, autocommit=True) as connection:
         assert accounts.wrong(connection, traffic.regular) == []
@@ -260,7 +260,7 @@ def test_hostile_broadcasts_neither_end_a_worker_nor_silence_it(traffic, stage):
     eventually(lambda: stage.balance("ann") == 1)
     eventually(lambda: stage.in_redis() == 0)
     assert answers_ping(stage), "it hears its operators"
-    assert traffic.worker.poll() is None
+    assert traffic.worker.alive
     assert stage.count("dead_letter") == 0, "what is said on these channels is no event"
     assert not (stage._folder / "loaded").exists()
     loud = [line for line in stage.log().splitlines() if '"level": "critical"' in line]

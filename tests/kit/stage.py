@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from decimal import Decimal
 from typing import Any, Self
@@ -15,9 +12,7 @@ from celery.events import EventReceiver
 
 from schema.broker import connect
 from schema.publisher import Publisher
-from tests.kit.wait import eventually
-from worker.cli.worker import CELERY
-from worker.config import ROOT
+from tests.kit.workers import Worker
 from worker.ledger.invariants import check
 
 #: What Flower's own page asks for: every task that it has heard of, as JSON.
@@ -32,29 +27,16 @@ class Stage:
         self.broker_url = broker_url
         self.publisher = Publisher(broker_url)
         self.redis = connect(broker_url)
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[Worker] = []
         self._folder = folder
 
-    def start(self, *arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, **settings: Any) -> Worker:
+        """A worker that consumes. Settings are those of `worker.config`, by their names."""
         environment = {f"TOKENTRAIL_{name.upper()}": str(value) for name, value in settings.items()}
-        log = self._folder / f"worker-{len(self.workers)}.log"
-        with log.open("wb") as output:
-            worker = subprocess.Popen(
-                [sys.executable, "-m", *CELERY, "-l", "INFO", "-n", f"w{len(self.workers)}@test", *arguments],
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "DATABASE_URL": self.database_url,
-                    "BROKER_URL": self.broker_url,
-                    **environment,
-                },
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        environment |= {"DATABASE_URL": self.database_url, "BROKER_URL": self.broker_url}
+        worker = Worker(f"worker-{len(self.workers)}", self._folder, environment, *arguments)
         self.workers.append(worker)
-        eventually(lambda: " ready." in log.read_text() or worker.poll() is not None)
-        assert worker.poll() is None, log.read_text()
-        return worker
+        return worker.ready()
 
     def log(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self._folder.glob("*.log")))
@@ -86,7 +68,6 @@ class Stage:
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
-            worker.wait()
         self.publisher.close()
         self.redis.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 
 import pytest
 
@@ -89,8 +88,7 @@ def test_workers_and_api_of_before_run_on_beside_a_schema_that_is_newer(stage, e
     eventually(lambda: stage.balance("bob") == 3 and stage.in_redis() == 0)
     assert stage.balance("ann") == 8
     assert [stage.count(table) for table in ("transaction_record", "rejected_event", "dead_letter")] == [5, 1, 1]
-    old.send_signal(signal.SIGTERM)
-    assert old.wait(30) == 0
+    assert old.stop() == 0
 
     # One that starts now.
     log = tmp_path / "said"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 from pathlib import Path
 
@@ -73,8 +72,7 @@ def test_after_an_older_backup_all_that_is_published_again_with_its_keys_counts_
         assert backup.wait(60) == 0
     stage.publisher.publish_all(third)
     eventually(lambda: decided(stage) == 630 and stage.in_redis() == 0)
-    worker.send_signal(signal.SIGTERM)
-    worker.wait(30)
+    worker.stop()
     lost, records, rejections = stage.rows(BALANCES), stage.rows(RECORDS), stage.rows(REJECTIONS)
     assert records
     assert rejections

@@ -273,7 +273,7 @@ def test_hostile_headers_get_the_event_its_outcome_or_a_dead_letter(
     """
     assert eventually(lambda: shared_stage.rows(query, user, user, raw)) == [(reasons[protocol - 1],)]
     eventually(lambda: shared_stage.in_redis() == 0)
-    assert shared_stage.workers[0].poll() is None
+    assert shared_stage.workers[0].alive
 
 
 def test_replay_header_is_believed_only_of_the_very_same_event(shared_stage, letters, user):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -441,8 +440,7 @@ def test_replay_of_many_letters_applies_each_once_whoever_is_killed(letters, dat
         for start in range(0, MANY, 500):
             stage.publisher.publish_bulk([accrual(f"user {n % 97}", 2, f"k{n}") for n in range(start, start + 500)])
         eventually(lambda: stage.count("dead_letter") == MANY and stage.in_redis() == 0)
-        small.send_signal(signal.SIGKILL)
-        small.wait()
+        small.kill()
 
         command = [sys.executable, "-m", "worker.cli", "dead-letters", "replay", "--reason", "invalid_event"]
         environment = {**os.environ, "DATABASE_URL": database_url, "BROKER_URL": broker_url}
@@ -453,14 +451,13 @@ def test_replay_of_many_letters_applies_each_once_whoever_is_killed(letters, dat
         assert stage.redis.llen("tokens") < MANY
         victim = stage.start(visibility_timeout=1, batch_size=50)
         eventually(lambda: stage.count("transaction_record") > 0)
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
+        victim.kill()
 
         stage.start(visibility_timeout=1, batch_size=50)
         again = [sys.executable, "-m", "worker.cli", "dead-letters", "replay", "--reason", "invalid_event", "--again"]
         second = subprocess.Popen(again, env=environment, stdout=subprocess.DEVNULL)
         eventually(lambda: stage.count("transaction_record") > MANY // 3)
-        stage.workers[-1].send_signal(signal.SIGKILL)
+        stage.workers[-1].kill()
         assert second.wait(60) == 0
         stage.start(visibility_timeout=1)
 

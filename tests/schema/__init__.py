@@ -1,0 +1,1 @@
+"""What producers send, and how. strategies.py has what hypothesis draws."""

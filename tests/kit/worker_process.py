@@ -1,7 +1,7 @@
-"""What a worker of the chaos suite runs: `celery` with the arguments of `tokentrail worker`, in a process of its own.
+"""What a worker of the tests runs: `celery` with the arguments of `tokentrail worker`, in a forked process.
 
-The process is forked from one that has imported all that a worker needs but our application, which reads its settings
-when it is imported: a suite that kills a worker a second must not spend its time on imports.
+The process that it is forked from has imported all that a worker needs but worker.app, which reads the settings when it
+is imported.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 from celery.__main__ import main
 from celery.events.dispatcher import EventDispatcher
 
+from worker.config import ROOT
 from worker.ledger.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: What the process that workers are forked from imports.
-IMPORTED_BEFORE = (
+PRELOADED = (
     "pytest",
     "celery.bin.worker",
     "celery.concurrency.thread",
@@ -58,6 +59,7 @@ def run(arguments: Sequence[str], environment: dict[str, str], log: str, poison:
         _make_deadly(poison)
     if quit_at:
         _quit_at(quit_at)
+    os.chdir(ROOT)
     warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
     sys.argv = list(arguments)
     sys.exit(main())
