@@ -1,10 +1,8 @@
-"""Faults on real processes, again and again: workers killed and frozen, servers crashed and full, connections cut.
+"""Faults on real processes: workers killed and frozen, servers crashed, full and unavailable, connections cut.
 
-    books.py    what is published, and what must have become of it: one outcome per key, every balance
-    ground.py   servers to break, and the judgement: drained, each key decided once, every invariant
-    workers.py  real Celery workers to kill, freeze and stop
-    entry.py    what such a worker runs: Celery, after a word to go, and poisoned where a test asks for it
+    books.py    what a test publishes, and the expected outcome of each key and balance of each account
+    ground.py   servers that a test may break, and the verdict: each key decided once, every invariant holds
 
-`make test` runs a short form of each, `make chaos` (TOKENTRAIL_CHAOS=long) the long one. The seed is printed, and taken
-from TOKENTRAIL_CHAOS_SEED: the same events in the same order; when a signal arrives is the machine's to say.
+`make test` runs a short form of each test, `make chaos` (TOKENTRAIL_CHAOS=long) the long one. The seed is printed, and
+read from TOKENTRAIL_CHAOS_SEED: it determines the events and their order, not when signals arrive.
 """

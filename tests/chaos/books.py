@@ -1,4 +1,4 @@
-"""What a test publishes, and what must have become of it."""
+"""What a test publishes, and the expected outcomes and balances."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 APPLIED, REJECTED, DEAD_LETTER = "transaction_record", "rejected_event", "dead_letter"
 
-#: Accounts that all workers share; each is opened with so much that none of its burns can fail.
-ACCOUNTS, OPENING = 40, 10**9
+#: Accounts that all workers share, and the balance that each gets first, so that none of its burns can fail.
+ACCOUNTS, OPENING_BALANCE = 40, 10**9
 
 
 class Books:
-    """Events by a seed, and the one outcome that each key must end with, in whatever order they are decided."""
+    """Events made from a seed, and the one outcome that each key must have, in whatever order they are decided."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -34,15 +34,15 @@ class Books:
         self._pairs = 0
 
     def opening(self) -> list[Event]:
-        """The funds of the shared accounts: to be applied before anything else is published."""
-        return [self._accrual(f"u{n}", OPENING) for n in range(ACCOUNTS)]
+        """The opening balances of the shared accounts; apply them before anything else is published."""
+        return [self._accrual(f"u{n}", OPENING_BALANCE) for n in range(ACCOUNTS)]
 
-    def hopeless(self, count: int) -> list[Event]:
-        """Burns that no accrual will ever cover: each waits for its patience, and is rejected."""
+    def uncovered(self, count: int) -> list[Event]:
+        """Burns that no accrual covers: each is parked for its patience, then rejected."""
         return [self._burn(f"h{n}", 1, REJECTED) for n in range(count)]
 
     def invalid(self) -> bytes:
-        """A message that can be read, and whose event is none: a dead letter."""
+        """A message that can be decoded and whose event is invalid: a dead letter."""
         key = self._key()
         self.expected["invalid", key] = DEAD_LETTER
         self.messages += 1
@@ -51,7 +51,7 @@ class Books:
         return message(headers=headers, body=json.dumps([[], kwargs, {}]))
 
     def undecodable(self) -> bytes:
-        """Bytes that are no message: a dead letter without a name."""
+        """Bytes that are no message: a dead letter without user and key."""
         self.expected[None, None] = DEAD_LETTER
         self.messages += 1
         return b"\xff: no message at all"
@@ -62,7 +62,7 @@ class Books:
         return self._accrual("single", self.random.randint(1, 1000))
 
     def poison(self) -> Event:
-        """An event that a worker is to die of: an accrual like any other, and a dead letter in the end."""
+        """An accrual that kills each worker that applies it, and becomes a dead letter."""
         self.messages += 1
         event = self._accrual("poison", 1)
         self.expected["poison", event.idempotency_key] = DEAD_LETTER
@@ -107,31 +107,31 @@ class Books:
     def _key(self) -> str:
         return f"k{len(self.expected)}"
 
-    # The judgement
+    # Verdict
 
     def wrong_balances(self, rows: Sequence[tuple[str, Decimal]]) -> list[str]:
-        """Accounts whose balance is not what their events make."""
-        found = dict(rows)
+        """Accounts whose balance is not the sum of their applied events."""
+        balances = dict(rows)
         users = {user for user, _ in self.expected if user not in (None, "invalid")}
         return [
-            f"{user}: {found.get(user, 0)} instead of {self.balances[user]}"
+            f"{user}: {balances.get(user, 0)} instead of {self.balances[user]}"
             for user in sorted(users)
-            if found.get(user, Decimal(0)) != self.balances[user]
+            if balances.get(user, Decimal(0)) != self.balances[user]
         ]
 
     def wrong_outcomes(self, rows: Sequence[tuple[str | None, str | None, str]]) -> dict[str, list[str]]:
-        """What is lost, decided more than once, decided otherwise than it had to be, or was never published."""
-        found: dict[tuple[str | None, str | None], list[str]] = {}
+        """Keys that are lost, decided twice, decided wrongly, or were never published."""
+        decided: dict[tuple[str | None, str | None], list[str]] = {}
         for user, key, outcome in rows:
-            found.setdefault((user, key), []).append(outcome)
+            decided.setdefault((user, key), []).append(outcome)
         wrong: dict[str, list[str]] = {"lost": [], "decided twice": [], "decided wrongly": []}
         for name, outcome in self.expected.items():
-            decided = found.pop(name, [])
-            if not decided:
+            outcomes = decided.pop(name, [])
+            if not outcomes:
                 wrong["lost"].append(f"{name}")
-            elif len(decided) > 1:
-                wrong["decided twice"].append(f"{name}: {decided}")
-            elif decided != [outcome]:
-                wrong["decided wrongly"].append(f"{name}: {decided[0]} instead of {outcome}")
-        wrong["never published"] = [f"{name}: {decided}" for name, decided in found.items()]
+            elif len(outcomes) > 1:
+                wrong["decided twice"].append(f"{name}: {outcomes}")
+            elif outcomes != [outcome]:
+                wrong["decided wrongly"].append(f"{name}: {outcomes[0]} instead of {outcome}")
+        wrong["never published"] = [f"{name}: {outcomes}" for name, outcomes in decided.items()]
         return wrong

@@ -1,4 +1,4 @@
-"""The servers that the chaos suite breaks, once for all its tests; a database of its own for each."""
+"""The servers that the chaos suite breaks, started once for all its tests; each test has its own database."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .ground import Ground
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Read before the tests' environment is cleared of settings.
+#: Read before a fixture clears the environment of settings.
 SEED = int(os.environ.get("TOKENTRAIL_CHAOS_SEED") or random.SystemRandom().randrange(10**6))
 
-#: A crash here ends processes, not the machine: what was written survives without syncing, if it was written by
-#: then. So transactions may not be acknowledged ahead of their writing. Few connections, so that a test can take all.
+#: Crashes here end processes, not the machine, so data survives once it is written, synced or not. With
+#: synchronous_commit it is written before the acknowledgement. Few connections, so that a test can take all of them.
 OPTIONS = {"synchronous_commit": "on", "max_connections": "20", "restart_after_crash": "on"}
 
 TEMPLATE = "chaos_template"
@@ -34,7 +34,7 @@ TEMPLATE = "chaos_template"
 
 @pytest.fixture(scope="session")
 def breakable(given) -> Iterator[tuple[embedded.PostgresServer, embedded.ValkeyServer]]:
-    """Servers of this suite's own, even where the other tests were given some."""
+    """PostgreSQL and Valkey for this suite only, even if DATABASE_URL and BROKER_URL were set for the other tests."""
     with tempfile.TemporaryDirectory(prefix="tokentrail-chaos-") as parent:
         Path(parent).chmod(0o755)
         folder = Path(parent) / "data"
@@ -55,7 +55,7 @@ def breakable(given) -> Iterator[tuple[embedded.PostgresServer, embedded.ValkeyS
 
 @pytest.fixture
 def ground(breakable, request, tmp_path) -> Iterator[Ground]:
-    """An empty database and an empty broker on servers that run, and no worker."""
+    """An empty database and an empty broker on running servers, and no worker."""
     postgres, valkey = breakable
     for server in breakable:
         if not server.running:
@@ -76,8 +76,8 @@ def ground(breakable, request, tmp_path) -> Iterator[Ground]:
 
 @pytest.fixture
 def books() -> Books:
-    """What is published, by the seed of this run."""
-    print(f"seed {SEED}: TOKENTRAIL_CHAOS_SEED={SEED} publishes the same again")
+    """Books with the seed of this run."""
+    print(f"seed {SEED}: TOKENTRAIL_CHAOS_SEED={SEED} publishes the same events")
     return Books(SEED)
 
 

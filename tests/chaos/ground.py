@@ -1,4 +1,4 @@
-"""Servers that a test may break, what it publishes there, and the judgement at the end."""
+"""Servers that a test may break, publishing to them, and the verdict at the end."""
 
 from __future__ import annotations
 
@@ -32,16 +32,15 @@ if TYPE_CHECKING:
 
 LONG = os.environ.get("TOKENTRAIL_CHAOS") == "long"
 
-#: Seconds without a sign of life after which messages of a dead worker go back. They are looked for twice as often.
+#: Seconds without a heartbeat after which the messages of a worker are restored.
 VISIBILITY_TIMEOUT = 1
 
-#: Seconds that a burn which is delivered ahead of its accrual waits in its worker. An accrual in the hands of a worker
-#: that dies comes back after the visibility timeout plus the interval of looking for the dead, to whoever is alive: so
-#: here patience outlasts two of these.
+#: Seconds a burn is parked for its accrual. An accrual in flight in a worker that dies is restored after the visibility
+#: timeout plus the interval of the check, half of it; patience is longer than two such restores.
 BURN_PATIENCE = 4
 
-#: Seconds for which both queue and `unacked` have to be empty before what has no outcome counts as lost.
-GRACE = 2
+#: Seconds for which queue and `unacked` must be empty before a key without an outcome counts as lost.
+GRACE_SECONDS = 2
 
 LISTS = [key("tokens", step) for step in PRIORITY_STEPS]
 
@@ -53,12 +52,12 @@ _OUTCOMES = """
 
 
 def sized(short: int, long: int) -> int:
-    """The number of `make test`, or that of `make chaos`."""
+    """`short` for `make test`, `long` for `make chaos`."""
     return long if LONG else short
 
 
 class Ground:
-    """One test's database and broker, on servers that it may break, and the workers between them."""
+    """The database, broker and workers of one test, which may break the servers."""
 
     def __init__(self, postgres: PostgresServer, valkey: ValkeyServer, database: str, folder: Path) -> None:
         self.postgres = postgres
@@ -74,7 +73,7 @@ class Ground:
     def start(
         self, *, database_url: str = "", broker_url: str = "", poison: str = "", quit_at: str = "", **settings: Any
     ) -> Worker:
-        """A worker that is starting. Settings are those of `worker.config`, by their names."""
+        """Start a worker, without waiting for it. `settings` are fields of worker.config.Settings."""
         settings = {"visibility_timeout": VISIBILITY_TIMEOUT, "burn_patience": BURN_PATIENCE, **settings}
         environment = {f"TOKENTRAIL_{name.upper()}": str(value) for name, value in settings.items()}
         environment |= {
@@ -86,7 +85,7 @@ class Ground:
         return worker
 
     def work(self, **settings: Any) -> Worker:
-        """A worker that consumes."""
+        """Start a worker and wait until it consumes."""
         return self.start(**settings).ready()
 
     # Redis
@@ -98,12 +97,12 @@ class Ground:
         with self.redis() as client:
             return sum(client.llen(name) for name in LISTS)
 
-    def held(self) -> int:
+    def in_flight(self) -> int:
         with self.redis() as client:
             return max(client.hlen("unacked"), client.zcard("unacked_index"))
 
     def publish(self, events: Sequence[Event], seconds: float = 60) -> None:
-        """Publish until all of it is acknowledged, as a producer does: what is unknown is sent again."""
+        """Publish until everything is acknowledged: like a producer, send again what may not have arrived."""
         deadline = time.monotonic() + seconds
         with Publisher(self.broker_url, timeout=2) as publisher:
             while events:
@@ -122,7 +121,7 @@ class Ground:
             publisher.publish_bulk(events)
 
     def open(self, books: Books, *, worker_of: dict[str, Any] | None = None) -> None:
-        """Fund the shared accounts by a worker that ends in good order, so that no later burn of theirs can fail."""
+        """Give the shared accounts their opening balances, with a worker that then stops."""
         books.messages += 1
         self.publish_bulk(books.opening())
         funder = self.work(**(worker_of or {}))
@@ -132,7 +131,7 @@ class Ground:
     # PostgreSQL
 
     def decided(self) -> int:
-        """How many outcomes there are; 0 while nobody can know."""
+        """How many outcomes there are; 0 while PostgreSQL is unavailable."""
         with suppress(psycopg.OperationalError), self.connect() as connection:
             row = connection.execute(f"SELECT count(*) FROM ({_OUTCOMES})").fetchone()
             return row[0] if row else 0
@@ -142,30 +141,29 @@ class Ground:
         return psycopg.connect(self.database_url, autocommit=True, connect_timeout=5)
 
     def holds_locks(self) -> bool:
-        """Whether some worker is in a transaction right now."""
+        """Whether a worker is in a transaction now."""
         with self.connect() as connection:
-            found = connection.execute(
+            transactions = connection.execute(
                 "SELECT FROM pg_stat_activity WHERE application_name = 'tokentrail worker' AND xact_start IS NOT NULL"
             )
-            return found.rowcount > 0
+            return transactions.rowcount > 0
 
-    # The judgement
+    # Verdict
 
     def drain(self, books: Books, seconds: float = 90) -> Verdict:
-        """Wait until nothing is left to do, and say what became of everything.
+        """Wait until queue and `unacked` are empty and every key has an outcome, and return the verdict.
 
-        Nothing is left when queue and `unacked` are empty: with all outcomes at once, without some after a while. At
-        the deadline the verdict is spoken whatever is left.
+        If some keys have none, wait GRACE_SECONDS more. After `seconds` return the verdict in any case.
         """
         deadline = time.monotonic() + seconds
         empty_since = None
         while time.monotonic() < deadline:
-            if self.queued() + self.held():
+            if self.queued() + self.in_flight():
                 empty_since = None
             else:
                 now = time.monotonic()
                 empty_since = empty_since or now
-                if self.decided() >= len(books.expected) or now - empty_since > GRACE:
+                if self.decided() >= len(books.expected) or now - empty_since > GRACE_SECONDS:
                     break
             time.sleep(0.1)
         return Verdict(self, books)
@@ -176,7 +174,7 @@ class Ground:
 
 
 class Verdict:
-    """What became of the books, and what Redis still holds."""
+    """Whether each key and account is as the books expect, and how many messages are left in Redis."""
 
     def __init__(self, ground: Ground, books: Books) -> None:
         with ground.connect() as connection:
@@ -185,37 +183,37 @@ class Verdict:
             self.broken = check(connection)
         self.lost = wrong.pop("lost")
         self.wrong = {what: names for what, names in wrong.items() if names}
-        self.queued, self.held = ground.queued(), ground.held()
+        self.queued, self.in_flight = ground.queued(), ground.in_flight()
         self._books = books
         self._logs = "\n".join(f"--- {worker.name}\n{worker.log_end()}" for worker in ground.workers[-3:])
 
-    def assert_nothing_lost(self, what: str) -> None:
+    def assert_nothing_lost(self, faults: str) -> None:
         """One outcome for each key and the right one, every balance and invariant, nothing left in Redis."""
-        print(f"{what}: {self}")
-        trouble = []
+        print(f"{faults}: {self}")
+        problems = []
         if self.lost:
-            what_of = "undecided" if self.queued or self.held else "lost"
-            trouble.append(f"{len(self.lost)} of {len(self._books.expected)} {what_of}: {', '.join(self.lost[:10])}")
-        trouble += [f"{len(names)} {what}: {'; '.join(names[:10])}" for what, names in self.wrong.items()]
+            kind = "undecided" if self.queued or self.in_flight else "lost"
+            problems.append(f"{len(self.lost)} of {len(self._books.expected)} {kind}: {', '.join(self.lost[:10])}")
+        problems += [f"{len(names)} {what}: {'; '.join(names[:10])}" for what, names in self.wrong.items()]
         if self.balances:
-            trouble.append(f"balances: {'; '.join(self.balances[:10])}")
-        trouble += [f"broken: {broken.sentence}: {broken.rows[:3]}" for broken in self.broken]
-        if self.queued or self.held:
-            trouble.append(f"left in Redis: {self.queued} queued, {self.held} unacknowledged")
-        assert not trouble, "\n".join([*trouble, self._logs])
+            problems.append(f"balances: {'; '.join(self.balances[:10])}")
+        problems += [f"broken: {broken.sentence}: {broken.rows[:3]}" for broken in self.broken]
+        if self.queued or self.in_flight:
+            problems.append(f"left in Redis: {self.queued} queued, {self.in_flight} unacknowledged")
+        assert not problems, "\n".join([*problems, self._logs])
 
     def __str__(self) -> str:
         twice = len(self.wrong.get("decided twice", ()))
         return (
             f"{self._books.messages} messages of {len(self._books.expected)} events,"
-            f" {len(self.lost)} {'undecided' if self.queued or self.held else 'lost'}, {twice} decided twice"
+            f" {len(self.lost)} {'undecided' if self.queued or self.in_flight else 'lost'}, {twice} decided twice"
         )
 
 
 class Stream:
-    """A producer that publishes in the background, a portion at a time, whatever happens to Redis.
+    """A producer that publishes in a thread, a portion at a time, whatever happens to Redis.
 
-    The events are made beforehand, so that the same seed publishes the same.
+    The events are made in advance, so that the same seed publishes the same events.
     """
 
     def __init__(self, ground: Ground, books: Books, messages: int, *, portion: int = 100, pause: float = 0.02) -> None:
@@ -230,11 +228,11 @@ class Stream:
             for portion in self._portions:
                 self._ground.publish(portion)
                 time.sleep(self._pause)
-        except BaseException as failure:  # noqa: BLE001 - told to the test, in its own thread
+        except BaseException as failure:  # noqa: BLE001 - __exit__ raises it in the thread of the test
             self._failure = failure
 
     @property
-    def flows(self) -> bool:
+    def publishing(self) -> bool:
         return self._thread.is_alive()
 
     def __enter__(self) -> Self:
@@ -243,6 +241,6 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self._thread.join(120)
-        assert not self._thread.is_alive(), "the producer did not come to its end"
+        assert not self._thread.is_alive(), "the producer did not finish"
         if self._failure:
             raise self._failure

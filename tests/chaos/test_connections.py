@@ -1,4 +1,4 @@
-"""Connections to either server that are cut, stall, or are forgotten by the network in between."""
+"""Connections to either server that are cut, stall, or become half-open."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def test_cut_connections_lose_nothing_and_leave_nothing_open(ground, books, prox
         for number in range(CUTS):
             time.sleep(books.random.uniform(0.05, 0.3))
             cut += proxies[number % 2].cut()
-            if number % 10 == 9:  # let it connect again: what is cut while it connects is another matter
+            if number % 10 == 9:  # let it connect again: a cut while it connects is another case
                 decided = ground.decided()
                 eventually(lambda: ground.decided() > decided or not ground.queued())  # noqa: B023
     ground.drain(books).assert_nothing_lost(f"{cut} connections cut in {CUTS} cuts")
     assert worker.alive
     after = worker.files(), worker.memory()
     print(f"open files: {before[0]} before, {after[0]} after; memory: {before[1] >> 20} and {after[1] >> 20} MiB")
-    assert after[0] <= before[0] + 8, "each reconnect leaves something open"
-    assert after[1] <= before[1] + (64 << 20), "each reconnect leaves something behind"
+    assert after[0] <= before[0] + 8, "each reconnect leaves a file open"
+    assert after[1] <= before[1] + (64 << 20), "each reconnect uses more memory"
 
 
 def test_stalled_connections_are_waited_out(ground, books, proxies):
@@ -65,14 +65,14 @@ def test_stalled_connections_are_waited_out(ground, books, proxies):
     ],
 )
 def test_a_half_open_connection_is_noticed_and_replaced(ground, books, proxies, which):
-    """Nothing comes any more, and nobody closes: only a deadline of the worker's own can tell."""
+    """No bytes arrive and neither side closes: only a timeout of the worker notices it."""
     ground.open(books)
     to_postgres, to_redis = proxies
     settings = {"lock_timeout": 0.5, "statement_timeout": 1, "idle_in_transaction_timeout": 1, "batch_size": 100}
     worker = ground.work(database_url=to_postgres.url, broker_url=to_redis.url, **settings)
     for _ in range(sized(1, 3)):
         ground.publish(books.messages_for(300))
-        eventually(lambda: ground.queued() + ground.held() == 0)
+        eventually(lambda: ground.queued() + ground.in_flight() == 0)
         proxy = to_postgres if which == "postgresql" else to_redis
         assert proxy.half_open()
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Servers that crash, refuse and fill up: the worker keeps its messages, says so once, and goes on by itself."""
+"""Servers that crash, refuse or are full: the worker keeps its messages, logs it once, and continues by itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.kit.wait import eventually
 
 from .ground import Stream, sized
 
-#: What the worker says when it can not write, and when it can again.
-AWAY, BACK = "database not available", "database available again"
+#: What the worker logs when PostgreSQL is unavailable, and when it is available again.
+UNAVAILABLE, AVAILABLE = "database not available", "database available again"
 
-#: Messages of a run, and how often its server goes away.
+#: Messages of a run, and how often its server crashes.
 MESSAGES, OUTAGES = sized(2000, 20_000), sized(2, 9)
 
 
@@ -31,15 +31,17 @@ def test_nothing_is_lost_and_no_worker_ends_when_redis_crashes(ground, books):
             time.sleep(books.random.uniform(0, 0.5))
             ground.valkey.start()
             crashes += 1
-            last_flowed = stream.flows
-    ground.drain(books).assert_nothing_lost(f"{crashes} crashes of Redis, under load to the last: {last_flowed}")
+            published_to_the_end = stream.publishing
+    ground.drain(books).assert_nothing_lost(
+        f"{crashes} crashes of Redis, publishing to the end: {published_to_the_end}"
+    )
     assert [worker.alive for worker in workers] == [True, True]
 
 
 def test_nothing_is_lost_and_no_worker_ends_when_postgresql_crashes(ground, books):
-    """Stopped in immediate mode, which is a crash, while some worker is in a transaction."""
+    """Stopped in immediate mode, which is a crash, at instants when a worker may be in a transaction."""
     ground.open(books)
-    ground.publish(books.hopeless(3))
+    ground.publish(books.uncovered(3))
     workers = [ground.work(batch_size=100) for _ in range(2)]
     in_transaction = crashes = 0
     with Stream(ground, books, MESSAGES, pause=OUTAGES / (MESSAGES / 100)):
@@ -50,12 +52,12 @@ def test_nothing_is_lost_and_no_worker_ends_when_postgresql_crashes(ground, book
             time.sleep(books.random.uniform(0, 0.5))
             ground.postgres.start()
             crashes += 1
-    told = f"{crashes} crashes of PostgreSQL, {in_transaction} of them seen to be in a transaction"
-    ground.drain(books).assert_nothing_lost(told)
+    faults = f"{crashes} crashes of PostgreSQL, {in_transaction} of them seen to be in a transaction"
+    ground.drain(books).assert_nothing_lost(faults)
     assert [worker.alive for worker in workers] == [True, True]
-    # Each of the two says it once an outage, however often it tried.
-    assert max(worker.logged(AWAY) for worker in workers) <= crashes
-    assert all(worker.logged(BACK) == worker.logged(AWAY) for worker in workers)
+    # Each of the two logs it once an outage, however often it tried.
+    assert max(worker.logged(UNAVAILABLE) for worker in workers) <= crashes
+    assert all(worker.logged(AVAILABLE) == worker.logged(UNAVAILABLE) for worker in workers)
 
 
 def test_a_full_redis_is_drained_without_an_operator(ground, books):
@@ -66,7 +68,7 @@ def test_a_full_redis_is_drained_without_an_operator(ground, books):
         with pytest.raises(redis.OutOfMemoryError):
             client.lpush("elsewhere", "x")
         workers = [ground.work() for _ in range(2)]
-        eventually(lambda: ground.queued() + ground.held() == 0)
+        eventually(lambda: ground.queued() + ground.in_flight() == 0)
         client.config_set("maxmemory", 0)
     ground.publish(books.messages_for(100))
     ground.drain(books).assert_nothing_lost("a full Redis")
@@ -82,7 +84,7 @@ def test_a_worker_keeps_its_messages_while_postgresql_is_read_only(ground, books
             connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
             connection.execute("SELECT pg_reload_conf()")
 
-    away_and_back(ground, books, worker, lambda: read_only("on"), lambda: read_only("off"))
+    interrupt(ground, books, worker, lambda: read_only("on"), lambda: read_only("off"))
 
 
 def test_a_worker_keeps_its_messages_while_postgresql_has_no_connection_left(ground, books):
@@ -91,7 +93,7 @@ def test_a_worker_keeps_its_messages_while_postgresql_has_no_connection_left(gro
     with ExitStack() as held:
 
         def take_all():
-            """Take every connection there is, the worker's too."""
+            """Take all connections, the worker's too."""
             breaker = take_free_ones()
             workers = "FROM pg_stat_activity WHERE application_name = 'tokentrail worker'"
             breaker.execute(f"SELECT pg_terminate_backend(pid) {workers}")
@@ -99,29 +101,29 @@ def test_a_worker_keeps_its_messages_while_postgresql_has_no_connection_left(gro
             take_free_ones()
 
         def take_free_ones():
-            """Take connections until there is none left; the first of all those taken."""
+            """Take connections until none is left; returns the first of those taken."""
             with suppress(psycopg.OperationalError):
                 while True:
                     taken.append(held.enter_context(ground.connect()))
             return taken[0]
 
         taken: list[psycopg.Connection] = []
-        away_and_back(ground, books, worker, take_all, held.close)
+        interrupt(ground, books, worker, take_all, held.close)
 
 
-def away_and_back(ground, books, worker, leave, come_back):
-    """While PostgreSQL is away: keep what is in hand, fetch no more, say so once, go on alone."""
-    leave()
+def interrupt(ground, books, worker, begin_outage, end_outage):
+    """In an outage of PostgreSQL the worker keeps its messages, stops fetching, logs it once, and then continues."""
+    begin_outage()
     ground.publish(books.messages_for(100))
-    eventually(lambda: worker.logged(AWAY) == 1)
+    eventually(lambda: worker.logged(UNAVAILABLE) == 1)
     ground.publish(books.messages_for(1500))
-    time.sleep(2)  # several tries, and a visibility timeout: this is the outage
-    held, queued = ground.held(), ground.queued()
-    print(f"{held} messages in hand, {queued} left in the queue during the outage")
-    assert held > 0, "it has let go of what it had in hand"
-    assert queued >= 1000, "it goes on fetching what it cannot decide"
+    time.sleep(2)  # the outage: several attempts, and longer than the visibility timeout
+    in_flight, queued = ground.in_flight(), ground.queued()
+    print(f"{in_flight} messages in flight, {queued} in the queue during the outage")
+    assert in_flight > 0, "it does not keep its messages"
+    assert queued >= 1000, "it fetches messages that it cannot decide"
     assert worker.logged("their worker sent no heartbeat") == 0, "another worker's heartbeats have stopped"
-    come_back()
-    ground.drain(books).assert_nothing_lost("PostgreSQL was away")
+    end_outage()
+    ground.drain(books).assert_nothing_lost("PostgreSQL was unavailable")
     assert worker.alive
-    assert (worker.logged(AWAY), worker.logged(BACK)) == (1, 1)
+    assert (worker.logged(UNAVAILABLE), worker.logged(AVAILABLE)) == (1, 1)

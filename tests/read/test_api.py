@@ -33,7 +33,7 @@ from tests.read.conftest import running
 from worker.config import Settings
 from worker.ledger.apply import apply_batch
 from worker.ledger.deliveries import Delivery
-from worker.listening import CannotListen, listen
+from worker.listening import ListenError, listen
 from worker.migration import migrate
 from worker.read.api import serve
 from worker.read.database import Database
@@ -584,10 +584,8 @@ def test_address_that_cannot_be_listened_on(database_url):
     settings = Settings(DATABASE_URL=SecretStr(database_url))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(CannotListen, match=rf"^Cannot listen on port {port} of 127.0.0.1: .*another port.*\.$"):
+        with pytest.raises(ListenError, match=rf"^Cannot listen on port {port} of 127.0.0.1: .*or port\.$"):
             serve(settings, "127.0.0.1", port)
     for host in ("no.such.host.invalid", "192.0.2.1", "a" * 70):
-        with pytest.raises(
-            CannotListen, match=r"^Cannot listen on port 1 of .* Choose an address that this machine has"
-        ):
+        with pytest.raises(ListenError, match=r"^Cannot listen on port 1 of .* Choose another host"):
             serve(settings, host, 1)

@@ -8,9 +8,7 @@ import typer
 
 from worker import log
 from worker.config import load_settings
-from worker.listening import CannotListen
 from worker.read.api import serve
-from worker.readiness import NotReady
 
 
 def api(
@@ -22,7 +20,4 @@ def api(
     """Serve the transaction history over HTTP until SIGINT or SIGTERM."""
     settings = load_settings()
     log.set_up(settings)
-    try:
-        serve(settings, host or settings.api_host, port or settings.api_port)
-    except CannotListen as error:
-        raise NotReady(str(error)) from error
+    serve(settings, host or settings.api_host, port or settings.api_port)

@@ -1,4 +1,4 @@
-"""`tokentrail flower`: the operators' window on every event."""
+"""`tokentrail flower`: Flower, which shows operators every message and worker."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import typer
 
 from worker.cli.usage import UsageError
 from worker.config import HOME, ROOT, load_settings
-from worker.listening import CannotListen, listen
-from worker.readiness import NotReady
+from worker.listening import listen
 
-#: Of its list of tasks: each with what became of it.
+#: The columns of Flower's list of tasks, with the outcome of each.
 _COLUMNS: Final = "name,state,kwargs,result,received,runtime,worker,uuid"
 _PORTS: Final = range(1, 65_536)
 
 
 def flower(
-    more: Annotated[
+    options: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="-- OPTION", help="Flower's own options, such as --max-tasks=50000; files by full path."
@@ -37,55 +36,52 @@ def flower(
 ) -> None:
     """Serve Flower, in which operators see each event and each worker, until SIGINT or SIGTERM.
 
-    All that Flower reads itself, FLOWER_BASIC_AUTH for one, is heeded.
+    Flower reads its own variables too, such as FLOWER_BASIC_AUTH.
     """
-    found = load_settings()
-    found.broker()
+    settings = load_settings()
+    settings.broker()  # raises without one
+    options = options or []
     host = host or os.environ.get("FLOWER_ADDRESS") or "127.0.0.1"
-    port = port or _port_of_flower() or found.flower_port
-    _read(more or [])
-    if not _on_a_file(more or []):
-        try:
-            listen(host, port).close()
-        except CannotListen as error:
-            raise NotReady(str(error)) from error
-    command = [sys.executable, "-m", "worker.flower_server", *(more or ()), f"--address={host}", f"--port={port}"]
-    # As a worker's: Celery finds its settings in ROOT.
+    port = port or _flower_port() or settings.flower_port
+    _check(options)
+    if not _uses_unix_socket(options):
+        listen(host, port).close()  # Flower would end in a traceback
+    command = [sys.executable, "-m", "worker.flower_server", *options, f"--address={host}", f"--port={port}"]
+    # Celery finds its settings in ROOT, where a relative TOKENTRAIL_HOME would be another folder.
     environment = {"FLOWER_TASKS_COLUMNS": _COLUMNS, **os.environ, "TOKENTRAIL_HOME": str(HOME.absolute())}
     os.chdir(ROOT)
     os.execve(command[0], command, environment)  # noqa: S606 - our own interpreter
 
 
-def _read(more: list[str]) -> None:
-    """Raise UsageError unless Flower can read these options and its variables: it would end in a traceback."""
-    # Imported here: no other command shall wait for a web server.
-    from flower import command  # noqa: PLC0415
-    from tornado import options  # noqa: PLC0415
+def _check(options: list[str]) -> None:
+    """Raise UsageError for options and variables that would end Flower in a traceback."""
+    from flower import command  # noqa: PLC0415 - no other command needs a web server
+    from tornado import options as tornado  # noqa: PLC0415
 
-    for option in more:
+    for option in options:
         if not option.startswith("--") or not command.is_flower_option(option):
             raise UsageError(f"{option} is no option of Flower: see `tokentrail flower -- --help`.")
         if option.partition("=")[0] in {"--address", "--port"}:
-            raise UsageError(f"{option} behind the --: say --host and --port before it.")
+            raise UsageError(f"{option} after the --: use --host and --port before it.")
     try:
         command.apply_env_options()
     except Exception as error:
-        raise UsageError(f"Flower cannot use one of its FLOWER_ variables ({error}): mend or unset it.") from error
+        raise UsageError(f"Flower cannot use one of its FLOWER_ variables ({error}): fix or unset it.") from error
     try:
-        options.parse_command_line(["flower", *more])
+        tornado.parse_command_line(["flower", *options])
     except Exception as error:
         raise UsageError(f"Flower cannot use its options ({error}): see `tokentrail flower -- --help`.") from error
 
 
-def _port_of_flower() -> int | None:
-    if not (given := os.environ.get("FLOWER_PORT")):
+def _flower_port() -> int | None:
+    if not (value := os.environ.get("FLOWER_PORT")):
         return None
-    if not given.isdecimal() or int(given) not in _PORTS:
-        raise UsageError(f"FLOWER_PORT is not usable: must be {_PORTS[0]} to {_PORTS[-1]} (it is {given!r}).")
-    return int(given)
+    if not value.isdecimal() or int(value) not in _PORTS:
+        raise UsageError(f"FLOWER_PORT is not usable: must be {_PORTS[0]} to {_PORTS[-1]} (it is {value!r}).")
+    return int(value)
 
 
-def _on_a_file(more: list[str]) -> bool:
-    """Whether Flower is to listen on a socket in the file system, and on no port."""
-    named = any(option.replace("-", "_").startswith("__unix_socket=") for option in more)
-    return named or bool(os.environ.get("FLOWER_UNIX_SOCKET"))
+def _uses_unix_socket(options: list[str]) -> bool:
+    """Whether Flower listens on a socket in the file system instead of a port."""
+    is_option = any(option.replace("-", "_").startswith("__unix_socket=") for option in options)
+    return is_option or bool(os.environ.get("FLOWER_UNIX_SOCKET"))

@@ -21,7 +21,7 @@ from rich.text import Text
 from worker.config import HOME, ROOT, load_settings
 from worker.errors import TokentrailError
 from worker.files import UntrustedFileError, open_own, read_own
-from worker.listening import CannotListen, listen
+from worker.listening import ListenError, listen
 from worker.local.embedded import EmbeddedError, make_folder, servers
 from worker.migration import deploy
 from worker.migration_progress import migrating
@@ -95,7 +95,7 @@ class Service:
         for self._port in ports:
             try:
                 listen(self._host, self._port).close()
-            except CannotListen as error:
+            except ListenError as error:
                 if not error.taken:
                     raise UpError(str(error)) from error
             else:

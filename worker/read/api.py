@@ -113,7 +113,7 @@ def create_app(settings: Settings, host: str | None = None) -> FastAPI:
 def serve(settings: Settings, host: str, port: int) -> None:
     """Answer on this address until SIGINT or SIGTERM; requests in progress are answered first.
 
-    Raises CannotListen when the address cannot be used, ConfigError when no database is set.
+    Raises ListenError when the address cannot be used, ConfigError when no database is set.
     """
     app = create_app(settings, host)
     # The pool logs every attempt to connect; we log every outage, once.
