@@ -46,6 +46,7 @@ PUBLISH = ("publish", "--type", "accrual", "--user", "ann", "--amount", "1", "--
         ("TOKENTRAIL_BATCH_SIZE", "many"),
         ("TOKENTRAIL_TRANSPORT", "magic"),
         ("TOKENTRAIL_LOCK_TIMEOUT", "30"),
+        ("TOKENTRAIL_ALLOWED_HOSTS", "api, https://ledger.example"),
     ],
 )
 @pytest.mark.parametrize("command", [("settings",), ("worker",), PUBLISH], ids=lambda command: command[0])
@@ -91,7 +92,9 @@ def test_worker_uses_the_servers_of_the_folder_it_is_started_in(database_url, br
     """An empty TOKENTRAIL_HOME counts as not set. Celery runs in ROOT, where .tokentrail is another folder."""
     (tmp_path / ".tokentrail").mkdir()
     urls = {"database_url": database_url, "broker_url": broker_url, "pid": os.getpid()}
-    (tmp_path / ".tokentrail" / "servers.json").write_text(json.dumps(urls))
+    servers = tmp_path / ".tokentrail" / "servers.json"
+    servers.touch(0o600)
+    servers.write_text(json.dumps(urls))
     with (
         started("worker", cwd=tmp_path, output=subprocess.DEVNULL, TOKENTRAIL_HOME="", PYTHONPATH=str(ROOT)),
         Publisher(broker_url) as publisher,
@@ -180,7 +183,7 @@ def test_schema_that_lost_something(tokentrail, database_url, damage):
 def test_statement_that_takes_too_long(tokentrail, database_url):
     with psycopg.connect(database_url, autocommit=True) as owner:
         owner.execute("ALTER TABLE global_token_balance RENAME TO hidden")
-        owner.execute("CREATE VIEW global_token_balance AS SELECT * FROM hidden, pg_sleep(60)")
+        owner.execute("CREATE VIEW global_token_balance AS SELECT hidden.* FROM hidden, pg_sleep(60)")
     limits = {"TOKENTRAIL_LOCK_TIMEOUT": "0.05", "TOKENTRAIL_STATEMENT_TIMEOUT": "0.1"}
     assert_one_line(tokentrail("supply", DATABASE_URL=database_url, **limits), 1, "TOKENTRAIL_STATEMENT_TIMEOUT")
 
