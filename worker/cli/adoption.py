@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import psycopg
-
 from schema.tables import Base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import psycopg
 
 _KEY: Final = ("text", 'COLLATE "C"', "NOT NULL")
 _BALANCE: Final = ("numeric(38,18)", "NOT NULL", "DEFAULT 0")
@@ -39,8 +39,9 @@ _FOUND_COLUMNS: Final = r"""
         format_type(atttypid, atttypmod),
         CASE collname WHEN 'C' THEN 'COLLATE "C"' END,
         CASE WHEN attnotnull THEN 'NOT NULL' END,
-        CASE WHEN attgenerated <> '' THEN 'GENERATED' WHEN attidentity <> '' OR atthasdef THEN 'DEFAULT' END,
-        CASE WHEN pg_get_expr(adbin, adrelid) ~ '^\W*0(\.0*)?\W*(numeric\W*)?$' THEN 'DEFAULT 0' END
+        CASE WHEN attgenerated <> '' THEN 'GENERATED'
+             WHEN pg_get_expr(adbin, adrelid) ~ '^\W*0(\.0*)?\W*(numeric\W*)?$' THEN 'DEFAULT 0'
+             WHEN attidentity <> '' OR atthasdef THEN 'DEFAULT' END
     ], NULL)
     FROM pg_attribute
         LEFT JOIN pg_attrdef ON (adrelid, adnum) = (attrelid, attnum)
@@ -50,16 +51,15 @@ _FOUND_COLUMNS: Final = r"""
 """
 
 
-def differences(url: str) -> list[str] | None:
+def differences(connection: psycopg.Connection) -> list[str] | None:
     """How the tables differ from the legacy schema, a clause each; None when there are none of its tables."""
-    with psycopg.connect(url, connect_timeout=5) as connection:
-        existing = {name for name in Base.metadata.tables if _exists(connection, name)}
-        if not existing & COLUMNS.keys():
-            return None
-        clauses = [f"there is a table {name} already, which the audit trail adds" for name in existing - COLUMNS.keys()]
-        for name in COLUMNS:
-            clauses += _differences(connection, name) if name in existing else [f"there is no table {name}"]
-        return clauses
+    existing = {name for name in Base.metadata.tables if _exists(connection, name)}
+    if not existing & COLUMNS.keys():
+        return None
+    clauses = [f"there is a table {name} already, which the audit trail adds" for name in existing - COLUMNS.keys()]
+    for name in COLUMNS:
+        clauses += _differences(connection, name) if name in existing else [f"there is no table {name}"]
+    return clauses
 
 
 def _exists(connection: psycopg.Connection, table: str) -> bool:
@@ -81,7 +81,7 @@ def _differences(connection: psycopg.Connection, table: str) -> Iterator[str]:
     for column in columns.keys() - COLUMNS[table].keys():
         if column in added:
             yield f"{table} has a column {column} already, which the audit trail adds"
-        elif "NOT NULL" in columns[column] and not {"DEFAULT", "GENERATED"} & set(columns[column]):
+        elif "NOT NULL" in columns[column] and not {"DEFAULT", "DEFAULT 0", "GENERATED"} & set(columns[column]):
             yield f"{table}.{column} is NOT NULL and has no default, so workers could insert no row"
     constraints = {
         row[0]

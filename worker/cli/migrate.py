@@ -94,7 +94,8 @@ def stamp() -> None:
     with schema_errors():
         if (current := _known(url)) is not None:
             raise SchemaError(f"The schema is at {current} already: there is nothing to stamp.")
-        clauses = differences(url)
+        with _connected() as connection:
+            clauses = differences(connection)
         if clauses is None:
             raise SchemaError(
                 "The database has no tables of the legacy schema: a new one needs no stamp, only `tokentrail migrate`."
