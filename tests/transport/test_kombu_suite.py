@@ -1,6 +1,6 @@
 """kombu's own tests of its Redis transport pass on ours, except for those listed here with the reason.
 
-They are in kombu's source distribution, which pip downloads. Without a network they are skipped; with CI=true they fail.
+They are in kombu's source distribution, which pip downloads. Without a network they are skipped, or fail if CI=true.
 """
 
 from __future__ import annotations
