@@ -1,4 +1,4 @@
-"""Where Alembic meets our database: one migrator at a time, each revision re-runnable."""
+"""Runs Alembic on our database: one migrator at a time, and each revision can be run again."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from worker.schema_version import refuse_old_server
 if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationInfo
 
-#: Any number that is ours; every migrator takes this advisory lock.
+#: The advisory lock of migrators, an arbitrary number.
 MIGRATION_LOCK: Final = 0x746F6B656E
 
 
 def run_offline() -> None:
-    """Print the SQL for review. psql can run it too; what then meets a lock timeout is run again by hand."""
+    """Print the SQL for review. psql can run it too; a statement that ends in a lock timeout is run again by hand."""
     context.configure(
         dialect_name="postgresql",
         dialect_opts={"paramstyle": "named"},  # else every % is printed twice
@@ -42,49 +42,49 @@ def run_online() -> None:
             connection=connection,
             target_metadata=Base.metadata,
             transaction_per_migration=True,
-            on_version_apply=_note,
+            on_version_apply=_note_applied,
         )
         with context.begin_transaction():
             context.run_migrations()
 
 
 def _connect(url: str) -> psycopg.Connection:
-    """The migrator's one connection, which holds the migrators' lock until its server process ends.
+    """The migrator's one connection, which holds the migrators' advisory lock until its server process ends.
 
-    The lock belongs to the session that does the work: were it another's, a killed migrator would free it while
-    the server still builds its index, and the next migrator would meet that half-way.
+    The session that does the work holds the lock. With another session a killed migrator would release it while the
+    server still builds its index, and the next migrator would meet that index half-built.
     """
     connection = psycopg.connect(url, autocommit=True, application_name="tokentrail migrate", connect_timeout=5)
     try:
         refuse_old_server(connection)
-        # The server ends a statement whose migrator was killed, rather than finish an index nobody waits for.
+        # If the migrator is killed, the server ends its statement rather than finish the index.
         connection.execute("SET client_connection_check_interval = '1s'")
-        _wait_for_our_turn(connection)
+        _take_migration_lock(connection)
         connection.autocommit = False
-    except BaseException:  # Ctrl-C while we wait for our turn too: else the session, and with it the lock, lives on
+    except BaseException:  # Ctrl-C too: otherwise the session, and the lock with it, lives on
         connection.close()
         raise
     return connection
 
 
-def _wait_for_our_turn(connection: psycopg.Connection) -> None:
-    """Take the migrators' lock.
+def _take_migration_lock(connection: psycopg.Connection) -> None:
+    """Wait for the migrators' advisory lock.
 
-    Polled outside a transaction: whoever *waits* in pg_advisory_lock() holds a snapshot, and CREATE INDEX
-    CONCURRENTLY of the one before waits for that snapshot: a deadlock, seen after a second.
+    Polled outside a transaction: a migrator that *waits* in pg_advisory_lock() holds a snapshot, and CREATE INDEX
+    CONCURRENTLY of the other migrator waits for that snapshot: a deadlock, found after a second.
     """
-    told = False
+    reported = False
     while connection.execute("SELECT pg_try_advisory_lock(%s)", [MIGRATION_LOCK]).fetchone() != (True,):
-        if not told:
-            # Not a log: a person waits.
+        if not reported:
+            # Printed, not logged: an operator waits.
             print("another migration is running; waiting for it to end", file=sys.stderr, flush=True)  # noqa: T201
-            told = True
+            reported = True
         time.sleep(0.2)
 
 
-def _note(ctx: Any, step: MigrationInfo, heads: Any, run_args: Any) -> None:  # noqa: ARG001 - Alembic's signature
-    """Remember for the caller what was really done: another migrator may have been first."""
-    context.config.attributes.setdefault("moved", []).extend(step.up_revision_ids)
+def _note_applied(ctx: Any, step: MigrationInfo, heads: Any, run_args: Any) -> None:  # noqa: ARG001 - Alembic's signature
+    """Collect the applied revisions for the caller: another migrator may have applied some of them."""
+    context.config.attributes.setdefault("applied", []).extend(step.up_revision_ids)
 
 
 if context.is_offline_mode():

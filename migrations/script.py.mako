@@ -5,7 +5,7 @@ Deploy: …
 
 Rules for every revision: old workers run on the new schema; one strong lock per transaction, under lock_timeout;
 indexes of existing tables CONCURRENTLY; constraints NOT VALID, then VALIDATE in a later transaction; every step
-can be run again after it was killed half-way (`migrations/steps.py` has the words for all of this).
+can be run again after it was killed half-way. The functions for that are in `migrations/steps.py`.
 """
 
 from __future__ import annotations

@@ -1,42 +1,43 @@
-"""The steps a migration of a live database is made of: none of them makes a writer wait to speak of.
+"""The steps that a migration of a live database consists of: none of them makes a writer wait noticeably.
 
-Each step is one statement in a transaction of its own, so that it holds one strong lock at most, for
-milliseconds; each can be run again after a migration was killed between or inside steps.
+Each step is one statement in a transaction of its own, so that it holds one strong lock at most, for milliseconds.
+Each can be run again after a migration was killed between or inside steps.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from alembic import context, op
+from alembic import op
 from alembic.util import CommandError
 from sqlalchemy.exc import OperationalError, PendingRollbackError
 
-from worker.migration_progress import WAITING
-
-#: A statement that waits for a strong lock makes everyone behind it wait as long: give up early, try again.
+#: Every statement that waits for a strong lock makes all later statements on the table wait: give up early, try again.
 LOCK_TIMEOUT_MS: Final = 50
 
-#: What a step with a strong lock may take in all. Far more than it needs; a bound all the same.
-STATEMENT_TIMEOUT_S: Final = 5
+#: A bound for statements that hold a strong lock; they need far less.
+STATEMENT_TIMEOUT_SECONDS: Final = 5
 
-#: How long a step keeps trying to get its lock between other people's transactions.
-PATIENCE_S: Final = 300
+#: How long `with_short_lock` keeps trying to get its lock between other transactions.
+MAX_LOCK_WAIT_SECONDS: Final = 300
 
 _LOCK_NOT_AVAILABLE: Final = "55P03"
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def steps() -> Iterator[None]:
-    """Steps inside are committed one by one, under the timeouts of `briefly`."""
+    """Steps inside are committed one by one, under the timeouts of `with_short_lock`."""
     failure: BaseException | None = None
     try:
         with op.get_context().autocommit_block():
-            _impatient()
+            _set_short_timeouts()
             try:
                 yield
             except BaseException as error:
@@ -45,19 +46,20 @@ def steps() -> Iterator[None]:
             op.execute("RESET lock_timeout")
             op.execute("RESET statement_timeout")
     except PendingRollbackError:
-        # The connection is gone, for Ctrl-C too takes it, and the end of the block trips on that, not on its cause.
+        # The connection is closed, by Ctrl-C for instance; the end of the block fails for that, and hides the cause.
         if failure is None:
             raise
         raise failure from None
 
 
-def briefly(statement: str, *, on: str | None = None) -> None:
-    """A statement that needs a strong lock `on` a table for milliseconds: ALTER TABLE, CREATE TRIGGER.
+def with_short_lock(statement: str, *, on: str | None = None) -> None:
+    """Run a statement that needs a strong lock `on` a table for milliseconds: ALTER TABLE, CREATE TRIGGER.
 
-    Raises CommandError when somebody holds the table for longer than PATIENCE_S.
+    Raises CommandError when other transactions hold the table for longer than MAX_LOCK_WAIT_SECONDS.
     """
-    deadline = time.monotonic() + PATIENCE_S
-    _tell(statement)
+    deadline = time.monotonic() + MAX_LOCK_WAIT_SECONDS
+    log.info("%s", statement)
+    waiting = False
     while True:
         try:
             op.execute(statement)
@@ -67,28 +69,30 @@ def briefly(statement: str, *, on: str | None = None) -> None:
                 raise
             if time.monotonic() > deadline:
                 raise CommandError(
-                    f"No lock within {PATIENCE_S} s: some transaction holds the table all along. Find it in "
+                    f"No lock within {MAX_LOCK_WAIT_SECONDS} s: another transaction holds the table. Find it in "
                     f"pg_stat_activity, end it, and run the migration again; it was at: {statement.strip()[:200]}"
                 ) from error
-            _tell(f"{WAITING}: {statement}")
-            # Long enough for everyone who queued behind the attempt to go through.
+            if not waiting:
+                log.info("waiting for a lock: %s", statement)
+                waiting = True
+            # Long enough for all statements that queued behind this attempt.
             time.sleep(random.uniform(0.05, 0.25))  # noqa: S311 - jitter
             if on is not None:
                 _interrupt_autovacuum(on)
 
 
 def _interrupt_autovacuum(table: str) -> None:
-    """Wait for the lock that vacuum holds, which no writer minds.
+    """Wait for the lock that VACUUM holds, which blocks no writer.
 
-    An automatic vacuum gives way only to someone who has waited for deadlock_timeout (a second), which an
-    impatient step never does: without this it fails on any table whose vacuum takes longer than PATIENCE_S.
+    An automatic VACUUM gives way only to a statement that has waited for deadlock_timeout (a second), and
+    `with_short_lock` waits 50 ms: it would fail on a table whose VACUUM takes longer than MAX_LOCK_WAIT_SECONDS.
     """
     _without_timeouts(f"BEGIN; LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE; COMMIT")
 
 
-def patiently(statement: str) -> None:
-    """A long statement that nobody waits for: VALIDATE CONSTRAINT, CREATE INDEX CONCURRENTLY."""
-    _tell(statement)
+def without_timeouts(statement: str) -> None:
+    """Run a long statement that blocks no writer: VALIDATE CONSTRAINT, CREATE INDEX CONCURRENTLY."""
+    log.info("%s", statement)
     _without_timeouts(statement)
 
 
@@ -96,32 +100,26 @@ def _without_timeouts(statement: str) -> None:
     op.execute("SET lock_timeout = 0")
     op.execute("SET statement_timeout = 0")
     op.execute(statement)
-    _impatient()
+    _set_short_timeouts()
 
 
 def add_constraint(table: str, name: str, definition: str) -> None:
-    """Add a constraint for new rows at once, then check the old ones while everyone writes on."""
-    briefly(
+    """Add a constraint for new rows at once, then check the existing rows while writers go on."""
+    with_short_lock(
         # A killed migration may have left it there, validated or not.
         "-- squawk-ignore ban-drop-constraint\n"
         f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name}, ADD CONSTRAINT {name} {definition} NOT VALID",
         on=table,
     )
-    patiently(f"ALTER TABLE {table} VALIDATE CONSTRAINT {name}")
+    without_timeouts(f"ALTER TABLE {table} VALIDATE CONSTRAINT {name}")
 
 
 def add_index(table: str, name: str, definition: str, *, unique: bool = False) -> None:
-    """Build an index while everyone writes on. What a killed build left behind is invalid, so it is dropped first."""
-    patiently(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
-    patiently(f"CREATE {'UNIQUE ' if unique else ''}INDEX CONCURRENTLY {name} ON {table} {definition}")
+    """Build an index while writers go on. A killed build leaves an invalid index, so it is dropped first."""
+    without_timeouts(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
+    without_timeouts(f"CREATE {'UNIQUE ' if unique else ''}INDEX CONCURRENTLY {name} ON {table} {definition}")
 
 
-def _tell(statement: str) -> None:
-    """Say to who looks on what is about to run."""
-    if tell := context.config.attributes.get("tell"):
-        tell(statement)
-
-
-def _impatient() -> None:
+def _set_short_timeouts() -> None:
     op.execute(f"SET lock_timeout = '{LOCK_TIMEOUT_MS}ms'")
-    op.execute(f"SET statement_timeout = '{STATEMENT_TIMEOUT_S}s'")
+    op.execute(f"SET statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'")

@@ -1,7 +1,7 @@
-"""What the read endpoint answers. Answers only grow: a reader ignores the fields it does not know.
+"""The queries and responses of the HTTP API. Fields are only ever added: a reader ignores those it does not know.
 
-Amounts are strings, because JSON readers turn numbers into binary floats; metadata is what the producer sent, to
-the digit. The models are the answers and their documentation in one: /openapi.json is made of them.
+Amounts are strings, because JSON readers turn numbers into binary floats; metadata is exactly what the producer sent.
+/openapi.json is generated from these models.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ from .canonical import JsonText, plain_number, write_json
 from .events import Label, UserId
 
 MAX_LIMIT: Final = 100  # records on one page
-MAX_KEYS: Final = 100  # receipts at a time
+MAX_KEYS: Final = 100  # receipts of one request
 MAX_WAIT: Final = 10  # seconds that a reader may wait for a receipt
 
-#: A page may lie far behind the last one, but turning more digits than this into a number is slow or refused.
+#: What a parameter must be: in the API's description, and in the sentence that refuses another value.
+USER_RULE: Final = "1 to 128 characters, none of them NUL"
+KEY_RULE: Final = "1 to 200 characters, none of them NUL"
+
+#: A page may lie far behind the last one, but Python refuses to parse much longer numbers.
 _MAX_DIGITS: Final = 100
 
 _DIGITS = re.compile(rf"[0-9]{{1,{_MAX_DIGITS}}}", re.ASCII)
 
 
 def _whole_number(value: object) -> object:
-    """What int() takes is more than digits: spaces, signs, underscores, other scripts."""
+    """Refuse what else int() accepts: spaces, signs, underscores, digits of other scripts."""
     if isinstance(value, str):
         if not _DIGITS.fullmatch(value):
             raise PydanticCustomError("digits", "not a whole number in plain digits")
@@ -71,7 +75,7 @@ class Answer(BaseModel):
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, validate_by_name=True, validate_by_alias=True)
 
     def json_text(self) -> str:
-        """The answer as JSON. No number passes through a float."""
+        """The response as JSON. No number passes through a float."""
         return write_json(self.model_dump(by_alias=True), sort_keys=False)
 
 
@@ -79,15 +83,13 @@ class _Transaction(Answer):
     user_id: str
     sequence: Annotated[int, Field(ge=1, description="The account's records are numbered 1, 2, 3 … without a gap.")]
     type: Literal["accrual", "burn"]
-    amount: Annotated[Tokens, Field(description="Always more than 0: the type is the sign.")]
+    amount: Annotated[Tokens, Field(description="Always above 0: the type says whether it is added or taken.")]
     balance_before: Tokens
     balance_after: Tokens
-    metadata: Annotated[Metadata | None, Field(description="What the producer sent along.")]
+    metadata: Annotated[Metadata | None, Field(description="The metadata that the producer sent.")]
     idempotency_key: str
-    occurred_at: Annotated[Moment | None, Field(description="The producer's clock; null if it gave none.")]
-    created_at: Annotated[
-        Moment, Field(description="When the ledger recorded it; never earlier than the record before.")
-    ]
+    occurred_at: Annotated[Moment | None, Field(description="By the producer's clock; null if it sent none.")]
+    created_at: Annotated[Moment, Field(description="When the ledger recorded it; never before the previous record.")]
 
 
 class AccrualTransaction(_Transaction):
@@ -98,7 +100,7 @@ class AccrualTransaction(_Transaction):
 
 
 class BurnTransaction(_Transaction):
-    """An `action` of the user spent tokens."""
+    """The user spent tokens on `action`."""
 
     type: Literal["burn"]
     action: str
@@ -115,7 +117,7 @@ def transaction(fields: dict[str, Any]) -> AccrualTransaction | BurnTransaction:
 
 
 class Pagination(Answer):
-    """Which part of the history this is. `total` counts all of the account's records."""
+    """Which page this is. `total` counts all records, or rejections, of the account."""
 
     page: int
     limit: int
@@ -136,10 +138,10 @@ class _Rejection(Answer):
     type: Literal["accrual", "burn"]
     amount: Tokens
     reason: RejectionReason
-    balance: Annotated[Tokens, Field(description="What the account held when the event was decided.")]
-    metadata: Annotated[Metadata | None, Field(description="What the producer sent along.")]
+    balance: Annotated[Tokens, Field(description="The balance when the event was decided.")]
+    metadata: Annotated[Metadata | None, Field(description="The metadata that the producer sent.")]
     idempotency_key: str
-    occurred_at: Annotated[Moment | None, Field(description="The producer's clock; null if it gave none.")]
+    occurred_at: Annotated[Moment | None, Field(description="By the producer's clock; null if it sent none.")]
     created_at: Annotated[Moment, Field(description="When the ledger decided it.")]
 
 
@@ -151,7 +153,7 @@ class AccrualRejection(_Rejection):
 
 
 class BurnRejection(_Rejection):
-    """An `action` of the user spent nothing."""
+    """The user spent no tokens on `action`."""
 
     type: Literal["burn"]
     action: str
@@ -180,32 +182,33 @@ class _Receipt(Answer):
 
 
 class AppliedReceipt(_Receipt):
-    """The event moved the balance: once, and for good."""
+    """The event changed the balance, exactly once."""
 
     status: Literal["applied"] = "applied"
     transaction: Transaction
 
 
 class RejectedReceipt(_Receipt):
-    """The event was refused, for good: it will not be applied under this key, whatever the balance becomes."""
+    """The event was rejected, finally: it is never applied under this key, whatever the balance becomes."""
 
     status: Literal["rejected"] = "rejected"
     reason: RejectionReason
-    balance: Annotated[Tokens, Field(description="What the account held when the event was decided.")]
+    balance: Annotated[Tokens, Field(description="The balance when the event was decided.")]
     number: int
     created_at: Moment
 
 
 class DeadLetteredReceipt(_Receipt):
-    """The event has no outcome. Its key is free: the same event, or a better one, may yet be applied under it."""
+    """The event has no outcome. Its key is not used up: the event, or a corrected one, can still be applied."""
 
     status: Literal["dead_lettered"] = "dead_lettered"
     reason: DeadLetterReason
-    detail: Annotated[str, Field(description="One sentence: what is wrong with it.")]
+    detail: Annotated[str, Field(description="One sentence: why it was not decided.")]
     state: Annotated[
-        Literal["open", "discarded"], Field(description="Whether it waits for an operator, or one has closed it.")
+        Literal["open", "discarded"],
+        Field(description="Whether it waits for an operator, or one has closed it."),
     ]
-    dead_letter: Annotated[int, Field(description="Its number, as `tokentrail dead-letters` takes it.")]
+    dead_letter: Annotated[int, Field(description="Its number, for `tokentrail dead-letters`.")]
     last_seen_at: Moment
 
 
@@ -222,43 +225,43 @@ Receipt: TypeAlias = Annotated[
 
 
 class Receipts(Answer):
-    """What became of each key that was asked for, in the order of the question."""
+    """One receipt per key, in the order of the keys."""
 
     receipts: list[Receipt]
 
 
 class HistoryQuery(BaseModel):
-    """Whose history, and which page of it. A parameter's description is also what its refusal says."""
+    """An account and a page. A parameter's description is also the rule in the sentence that refuses a bad value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    user_id: Annotated[UserId, Field(alias="userId", description="1 to 128 characters, none of them NUL")]
+    user_id: Annotated[UserId, Field(alias="userId", description=USER_RULE)]
     page: Annotated[
-        Page, Field(description=f"a whole number from 1 on, in at most {_MAX_DIGITS} plain digits; 1 is the newest")
+        Page, Field(description=f"a page number, from 1 (newest), in at most {_MAX_DIGITS} plain digits")
     ] = 1
     limit: Annotated[Limit, Field(description=f"a whole number from 1 to {MAX_LIMIT}, in plain digits")] = 10
 
 
 class ReceiptsQuery(BaseModel):
-    """Which of a user's keys, and how long to wait for the first answer."""
+    """Some of a user's keys, and how long to wait for an outcome."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    user_id: Annotated[UserId, Field(alias="userId", description="1 to 128 characters, none of them NUL")]
+    user_id: Annotated[UserId, Field(alias="userId", description=USER_RULE)]
     idempotency_keys: Annotated[
         list[Label],
         Field(
             alias="idempotencyKey",
             min_length=1,
             max_length=MAX_KEYS,
-            description=f"given 1 to {MAX_KEYS} times, each time 1 to 200 characters, none of them NUL",
+            description=f"given 1 to {MAX_KEYS} times, each {KEY_RULE}",
         ),
     ]
     wait: Annotated[
         Wait,
         Field(
-            description=f"a whole number of seconds from 0 to {MAX_WAIT}, in plain digits: the answer comes as soon as"
-            " one of the keys has another than unknown, at the latest after this"
+            description=f"a whole number of seconds from 0 to {MAX_WAIT}, in plain digits: how long the response waits"
+            " for the first receipt that is not unknown"
         ),
     ] = 0
 
@@ -268,20 +271,20 @@ class Health(Answer):
 
 
 class Directory(Answer):
-    """What there is to ask for."""
+    """The endpoints."""
 
-    addresses: Annotated[dict[str, str], Field(description="Each address, and what it answers.")]
+    addresses: Annotated[dict[str, str], Field(description="Each path, and what it returns.")]
 
 
 class Problem(Answer):
-    """Why there is no answer (RFC 9457, application/problem+json)."""
+    """An error (RFC 9457, application/problem+json)."""
 
     type: str = "about:blank"
     title: str
     status: int
     detail: Annotated[str, Field(description="One sentence: what is wrong and what to do.")]
     instance: str
-    parameter: Annotated[str | None, Field(description="The parameter that is at fault; absent if none is.")] = None
+    parameter: Annotated[str | None, Field(description="The wrong parameter; absent if none is.")] = None
 
     def json_text(self) -> str:
         return write_json(self.model_dump(by_alias=True, exclude_none=True), sort_keys=False)

@@ -3,7 +3,6 @@
 cli/          the command `tokentrail`
 local/        all of it on one machine: servers of our own, `up`, the demo
 flower_server.py  Flower, closed to the pages of other sites
-migration_progress.py  how far a migration is, on a terminal
 output.py     tables, bars and amounts for the terminal
 app.py        the Celery application
 queue/        from Redis to a batch

@@ -16,15 +16,15 @@ from worker.config import ROOT
 from worker.schema_version import SchemaError, check_schema, current_revision, knows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 
 class Deployed(NamedTuple):
-    """What became of the schema."""
+    """What `deploy` did."""
 
-    before: str | None
+    before: str | None  # revision
     applied: list[str]  # revisions, oldest first
-    left: str | None  # a sentence when it is newer than this code, which then leaves it alone
+    warning: str | None  # if the schema is newer than this code, and was left as it is
 
 
 def alembic_config(url: str | None = None) -> Config:
@@ -35,57 +35,53 @@ def alembic_config(url: str | None = None) -> Config:
     return config
 
 
-def migrate(url: str, revision: str = "head", tell: Callable[[str], None] | None = None) -> list[str]:
-    """Bring the schema up to `revision`; the revisions applied, oldest first.
+def migrate(url: str, revision: str = "head") -> list[str]:
+    """Bring the schema up to `revision`; returns the revisions applied, oldest first.
 
-    Waits while another migration runs; safe under load, and to run again after it was killed. `tell` is called with
-    each statement that is about to run.
+    Waits while another migration runs. Safe under load, and to run again after it was killed.
     """
     config = alembic_config(url)
-    config.attributes["tell"] = tell
     command.upgrade(config, revision)
-    return list(config.attributes.get("moved", []))
+    return list(config.attributes.get("applied", []))
 
 
-def deploy(url: str, tell: Callable[[str], None] | None = None) -> Deployed:
-    """Bring the schema up to date, unless it is newer than this code. Raises SchemaError, in one sentence."""
-    with told():
+def deploy(url: str) -> Deployed:
+    """Bring the schema up to date, unless it is newer than this code. Raises SchemaError."""
+    with schema_errors():
         with psycopg.connect(url, connect_timeout=5) as connection:
             before = current_revision(connection)
             if before is not None and not knows(before):
                 return Deployed(before, [], f"Left as it is: {check_schema(connection)}")
-        return Deployed(before, migrate(url, tell=tell), None)
+        return Deployed(before, migrate(url), None)
 
 
 def stamp(url: str, revision: str) -> None:
-    """Note that the schema is at `revision`, without a look at it."""
+    """Note that the schema is at `revision`, without checking it."""
     command.stamp(alembic_config(url), revision)
 
 
 def downgrade(url: str, revision: str, *, drop_history: bool) -> list[str]:
-    """Take the schema back to `revision`; the revisions taken back, newest first.
+    """Take the schema back to `revision`; returns the revisions undone, newest first.
 
-    Raises CommandError, with nothing changed, when that would drop history and nobody has said that it may.
+    Raises CommandError, with nothing changed, if that would drop history and `drop_history` is false.
     """
     config = alembic_config(url)
     config.cmd_opts = Namespace(x=["drop-history"] if drop_history else [])
     command.downgrade(config, revision)
-    return list(config.attributes.get("moved", []))
+    return list(config.attributes.get("applied", []))
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Let what Alembic and a stranger's tables say end as one sentence too."""
+def schema_errors() -> Iterator[None]:
+    """Raise Alembic's errors, and the error of tables that exist already, as SchemaError with one sentence."""
     try:
         yield
-    except SchemaError:
-        raise
     except CommandError as error:
         raise SchemaError(str(error)) from error
     except ProgrammingError as error:
         if isinstance(error.orig, psycopg.errors.DuplicateTable):
             raise SchemaError(
-                f"{error.orig.diag.message_primary}, and no migration of ours made it: if these tables are the schema "
-                "before the trail, say so with `tokentrail migrate stamp`, and migrate again."
+                f"{error.orig.diag.message_primary}, and no migration of tokentrail made it: if these tables are the "
+                "legacy schema, note that with `tokentrail migrate stamp`, and migrate again."
             ) from error
         raise

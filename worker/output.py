@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 from rich.text import Text
 
 from schema.canonical import plain_number
@@ -47,6 +55,39 @@ def progress(label: str, total: int, output: Console) -> Iterator[Callable[[int]
     with Progress(*columns, console=output, disable=not is_watched(output), transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+class _Report(logging.Handler):
+    """Passes each log message to a function."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report(" ".join(line.strip() for line in record.getMessage().splitlines() if line[:2] != "--"))
+
+
+@contextmanager
+def migrating(on: Console) -> Iterator[None]:
+    """On a terminal, show the statement that a migration is running (migrations/steps.py logs it) and for how long."""
+    if not is_watched(on):
+        yield
+        return
+    statement = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    steps = logging.getLogger("migrations.steps")
+    with Progress(TimeElapsedColumn(), statement, console=on, transient=True) as bar:
+        task = bar.add_task("migrating", total=None)
+        handler = _Report(lambda message: bar.reset(task, description=message))
+        level, steps.propagate = steps.level, False
+        steps.setLevel(logging.INFO)
+        steps.addHandler(handler)
+        try:
+            yield
+        finally:
+            steps.removeHandler(handler)
+            steps.setLevel(level)
+            steps.propagate = True
 
 
 def tokens(amount: Decimal) -> str:

@@ -10,11 +10,11 @@ from worker.errors import TokentrailError
 if TYPE_CHECKING:
     import psycopg
 
-#: The revision of the schema of before the trail, which the old software works with.
+#: The revision of the legacy schema, from before the audit trail.
 LEGACY_REVISION: Final = "0001"
 
-#: The oldest PostgreSQL we work with, as `server_version_num`.
-OLDEST_SERVER: Final = 150_000
+#: The oldest supported PostgreSQL, as `server_version_num`.
+MIN_SERVER_VERSION: Final = 150_000
 
 
 class SchemaError(TokentrailError):
@@ -27,7 +27,7 @@ def known_revision() -> str:
 
 
 def knows(revision: str) -> bool:
-    """Whether this code has that migration. Migrations are only ever added, so one it lacks is a newer one."""
+    """Whether this code has that migration. Migrations are only added, so a revision that it lacks is newer."""
     return revision in _revisions()
 
 
@@ -47,8 +47,8 @@ def current_revision(connection: psycopg.Connection) -> str | None:
 def check_schema(connection: psycopg.Connection) -> str | None:
     """Raise SchemaError, in one sentence, unless this code can work with the database.
 
-    A schema newer than the code is fine, because every migration leaves the workers of before running: the
-    answer is then a sentence to warn with, else None.
+    A schema newer than the code is fine, because old workers run on after every migration; then returns a warning,
+    otherwise None.
     """
     refuse_old_server(connection)
     known, current = known_revision(), current_revision(connection)
@@ -67,9 +67,9 @@ def check_schema(connection: psycopg.Connection) -> str | None:
 
 
 def refuse_old_server(connection: psycopg.BaseConnection[Any]) -> None:
-    """Raise SchemaError when the server is older than we work with."""
+    """Raise SchemaError if the server is older than MIN_SERVER_VERSION."""
     version = connection.info.server_version
-    if version < OLDEST_SERVER:
+    if version < MIN_SERVER_VERSION:
         raise SchemaError(
-            f"PostgreSQL {version // 10_000} is too old: tokentrail needs {OLDEST_SERVER // 10_000} or newer."
+            f"PostgreSQL {version // 10_000} is too old: tokentrail needs {MIN_SERVER_VERSION // 10_000} or newer."
         )

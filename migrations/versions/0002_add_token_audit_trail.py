@@ -1,10 +1,10 @@
 """add token audit trail
 
 Why: every token movement gets a record with the balance before and after it, numbered and hash-chained per
-account, so that every balance can be proved; rejections and dead letters are kept beside.
-Deploy: any time, under load: no writer waits more than some 50 ms. Schema only: no existing row is changed, and
-what the trail adds to old rows stays NULL (counts: 0). Stop the old writers of balances before the first worker
-starts. Downgrade refuses once the trail holds a row, unless told `--drop-history` (of Alembic: `-x drop-history`).
+account, so that every balance can be proved; rejections and dead letters are recorded too.
+Deploy: any time, under load: no writer waits longer than some 50 ms. Schema only: no existing row changes, and the
+new columns of legacy rows stay NULL (counts: 0). Stop the legacy writers of balances before the first worker
+starts. Downgrade refuses once the trail holds a row, unless `--drop-history` (Alembic: `-x drop-history`) is given.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from alembic import context, op
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
-from migrations.steps import add_constraint, add_index, briefly, steps
+from migrations.steps import add_constraint, add_index, steps, with_short_lock
 
 revision: str = "0002"
 down_revision: str | None = "0001"
@@ -129,18 +129,18 @@ CREATE TABLE IF NOT EXISTS token_flow (
 
 APPEND_ONLY = ("transaction_record", "accrual_record", "rejected_event", "burned_credit")
 
-# What the planner shall expect of each user, whatever a sample says: a thousand rows. Where most users have one row,
-# it takes "user_id" for a unique key and any index that begins with it for as good as the right one; then each new
-# record's foreign key check reads all records of its user.
+# The planner must expect a thousand rows of each user, whatever ANALYZE samples. Where most users have one row, it
+# takes "user_id" for a unique key and any index that begins with it for as good as the right one; then the foreign
+# key check of each new record reads all records of its user.
 MANY_ROWS_A_USER = ("transaction_record", "rejected_event", "burned_credit")
 
 
 def upgrade() -> None:
     with steps():
         for statement in NEW_TABLES.split(";\n"):
-            briefly(statement.strip())
+            with_short_lock(statement.strip())
 
-        briefly(
+        with_short_lock(
             """
             ALTER TABLE account
                 ADD COLUMN IF NOT EXISTS opening_balance numeric(38, 18),
@@ -152,10 +152,10 @@ def upgrade() -> None:
         """,
             on="account",
         )
-        briefly("ALTER TABLE account SET (fillfactor = 70)", on="account")
+        with_short_lock("ALTER TABLE account SET (fillfactor = 70)", on="account")
         for table in MANY_ROWS_A_USER:
-            briefly(f"ALTER TABLE {table} ALTER COLUMN user_id SET (n_distinct = -0.001)", on=table)
-        briefly(
+            with_short_lock(f"ALTER TABLE {table} ALTER COLUMN user_id SET (n_distinct = -0.001)", on=table)
+        with_short_lock(
             """
             ALTER TABLE burned_credit
                 ADD COLUMN IF NOT EXISTS sequence bigint,
@@ -164,7 +164,7 @@ def upgrade() -> None:
         """,
             on="burned_credit",
         )
-        briefly(
+        with_short_lock(
             """
             ALTER TABLE global_token_balance
                 ADD COLUMN IF NOT EXISTS issued numeric,
@@ -211,7 +211,7 @@ def upgrade() -> None:
             unique=True,
         )
 
-        briefly("""
+        with_short_lock("""
             CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
             BEGIN
                 RAISE EXCEPTION '% of % refused: the audit trail is append-only', TG_OP, TG_TABLE_NAME
@@ -220,12 +220,12 @@ def upgrade() -> None:
             END $$
         """)
         for table in APPEND_ONLY:
-            briefly(
+            with_short_lock(
                 f"CREATE OR REPLACE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
                 "FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()",
                 on=table,
             )
-        briefly(
+        with_short_lock(
             "CREATE OR REPLACE TRIGGER keep_account BEFORE DELETE OR TRUNCATE ON account "
             "FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()",
             on="account",
@@ -233,7 +233,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # Keeps every worker out until the end, so that nothing is recorded between the look and the drop.
+    # Keeps every worker out until the end, so that nothing is recorded between the check and the drop.
     op.execute("SET LOCAL lock_timeout = '10s'")
     op.execute("LOCK TABLE account, transaction_record, rejected_event, dead_letter IN ACCESS EXCLUSIVE MODE")
     if "drop-history" not in context.get_x_argument(as_dictionary=True):
@@ -244,7 +244,7 @@ def downgrade() -> None:
     op.execute("DROP TRIGGER keep_account ON account")
     op.execute("DROP FUNCTION refuse_change()")
 
-    # The old software knows one row: what the stripes hold goes back into it.
+    # The legacy software knows one row: add the stripes to it.
     op.execute("""
         UPDATE global_token_balance SET balance = balance
             + coalesce((SELECT sum(issued - burned) FROM global_token_balance WHERE issued IS NOT NULL), 0)

@@ -1,4 +1,4 @@
-"""What is sent: known killers, what hypothesis makes of a message's parts, and bytes of these changed at random."""
+"""The messages: known killers, messages that hypothesis generates, and these with bytes changed at random."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from hypothesis import strategies as st
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Changed copies of each message that hypothesis makes.
+#: Mutated copies of each message that hypothesis generates.
 MUTANTS = 4
 
 _RAW = re.compile(r'"@@((?:[^"\\]|\\.)*)@@"')
 
 
 def raw(text: str) -> str:
-    """A value that `dumps` writes as it is: JSON that no Python value has, or none at all."""
+    """A value that `dumps` writes unchanged: JSON that no Python value stands for, or no JSON."""
     return f"@@{text}@@"
 
 
 def dumps(value: Any) -> str:
-    return _RAW.sub(lambda found: json.loads(f'"{found[1]}"'), json.dumps(value))
+    return _RAW.sub(lambda match: json.loads(f'"{match[1]}"'), json.dumps(value))
 
 
 def message(body: str, headers: Any = None, /, **changes: Any) -> bytes:
-    """A message of a producer that means well, but for `changes`."""
+    """A message as a producer sends it, except for `changes`."""
     fields = {
         "body": base64.b64encode(body.encode(errors="surrogatepass")).decode(),
         "headers": {"task": "tokens.burn", "id": "an-id", "lang": "py"} if headers is None else headers,
@@ -76,19 +76,19 @@ def deep(levels: int, opening: str = "[", closing: str = "]", inside: str = "") 
 
 
 class Killer(NamedTuple):
-    """A message that killed, wedged or misled something once, or would."""
+    """A message that once killed, blocked or misled a worker, or could."""
 
     name: str
     raw: bytes
-    reason: str | None  # of its dead letter; None where it is decided
+    reason: str | None  # of its dead letter; None if it is applied or rejected
 
 
 def killers(marker: Path) -> Iterator[Killer]:
-    """One of each; loading the pickles or YAML among them would create `marker`."""
+    """One of each kind. Loading a pickle or YAML among them would create the file `marker`."""
     serial = count()
 
     def plain() -> str:
-        """A call like any other, of its own: the same task, id and body would be the same dead letter."""
+        """A valid call with a key of its own: the same task, id and body would be the same dead letter."""
         return call(FIELDS | {"idempotency_key": f"plain {next(serial)}"})
 
     # Not a message
@@ -120,7 +120,7 @@ def killers(marker: Path) -> Iterator[Killer]:
         "uuid tag of nonsense": message(plain(), headers(eta={"__type__": "uuid", "__value__": {"version": 9}})),
         "bytes tag of a number": message(plain(), headers(eta={"__type__": "bytes", "__value__": 5})),
         "a bomb": message("", headers(compression="zlib"), body=bomb(1 << 20)),
-        "compressed by what nobody has": message(plain(), headers(compression="arj")),
+        "unknown compression": message(plain(), headers(compression="arj")),
         "compression a list": message(plain(), headers(compression=["zlib"])),
     }.items():
         yield Killer(name, data, "undecodable")
@@ -170,7 +170,7 @@ def killers(marker: Path) -> Iterator[Killer]:
     }.items():
         yield Killer(name, data, "invalid_arguments")
 
-    for field, values in WILD.items():
+    for field, values in INVALID.items():
         for number, value in enumerate(values):
             yield Killer(f"{field} {number}", message(call(FIELDS | {field: value})), "invalid_event")
     for number, name in enumerate(("\ud800", "\u202e", "\0", "", "x" * 100_000, "type ", "__class__", "self", "cls")):
@@ -178,7 +178,7 @@ def killers(marker: Path) -> Iterator[Killer]:
     yield Killer("no field", message(call({})), "invalid_event")
     yield Killer("one bad event of one", message(call({"events": [None]}), BULK), "invalid_event")
     yield Killer(
-        "replay of what is not there", message(call({}), headers(tokentrail_dead_letter=1 << 62)), "invalid_event"
+        "replay of no dead letter", message(call({}), headers(tokentrail_dead_letter=1 << 62)), "invalid_event"
     )
     yield Killer("replay of a list", message(call({}), headers(tokentrail_dead_letter=[1])), "invalid_event")
 
@@ -191,7 +191,7 @@ def killers(marker: Path) -> Iterator[Killer]:
 
 
 def _decided() -> Iterator[Killer]:
-    """Whatever stands around the event."""
+    """Odd headers and properties around a valid event."""
     for number, (name, value) in enumerate((name, value) for name in CELERY_HEADERS for value in ODD):
         fields = FIELDS | {"idempotency_key": f"odd {number}"}
         yield Killer(f"{name} = {value!a:.40}", message(call(fields), headers(**{name: value})), None)
@@ -213,7 +213,7 @@ def bomb(size: int) -> str:
 
 
 class _Loaded:
-    """What a pickle may be: a call."""
+    """Its pickle calls `Path.touch`."""
 
     def __init__(self, marker: Path) -> None:
         self._marker = marker
@@ -230,8 +230,8 @@ def yaml(marker: Path) -> str:
     return f"!!python/object/apply:os.system ['touch {marker}']"
 
 
-#: Values of each field that are against its rules.
-WILD: dict[str, list[Any]] = {
+#: Values that break the rules of each field.
+INVALID: dict[str, list[Any]] = {
     "user_id": [None, "", "x" * 129, 1, 1.5, True, [], {}, "\0", "\ud800", raw("1e9999999999999999999"), "u" * 10**6],
     "idempotency_key": [None, "", "x" * 201, "a\0", "\udfff", deep(400), raw('{"a":1,"a":2}')],
     "action": [None, "", 0, "\ud83d", {"__type__": "bytes", "__value__": "x"}],
@@ -288,7 +288,7 @@ ODD = [
     deep(300),
 ]
 
-#: Headers that Celery knows and that change nothing about an event; those that do are tried above.
+#: Headers of Celery that change nothing about an event.
 CELERY_HEADERS = (
     *("root_id", "parent_id", "group", "group_index", "retries", "timelimit", "shadow", "argsrepr", "kwargsrepr"),
     *("origin", "ignore_result", "replaced_task_nesting", "stamped_headers", "stamps", "lang", "meth", "clock"),
@@ -329,24 +329,24 @@ def json_values() -> st.SearchStrategy[Any]:
     )
 
 
-def _or_wild(good: st.SearchStrategy[Any], wild: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def _or_invalid(good: st.SearchStrategy[Any], wild: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(good, good, good, wild)
 
 
 def events(bulk: bool = False) -> st.SearchStrategy[Any]:
-    """Fields of an event, of which some are what they should be."""
+    """Fields of an event, some of them valid."""
     fields: dict[str, Any] = {
-        "user_id": _or_wild(text_values(), json_values()),
+        "user_id": _or_invalid(text_values(), json_values()),
         "amount": st.one_of(
-            st.decimals(0, 10**13, places=3).map(str), st.integers(0, 10**6), st.sampled_from(WILD["amount"])
+            st.decimals(0, 10**13, places=3).map(str), st.integers(0, 10**6), st.sampled_from(INVALID["amount"])
         ),
-        "idempotency_key": _or_wild(st.integers(0, 10**9).map(str), json_values()),
+        "idempotency_key": _or_invalid(st.integers(0, 10**9).map(str), json_values()),
     }
     optional: dict[str, Any] = {
-        "action": _or_wild(text_values(), json_values()),
+        "action": _or_invalid(text_values(), json_values()),
         "source": text_values(),
-        "occurred_at": st.datetimes().map(lambda at: f"{at.isoformat()}Z") | st.sampled_from(WILD["occurred_at"]),
-        "metadata": st.dictionaries(text_values(), json_values(), max_size=3) | st.sampled_from(WILD["metadata"]),
+        "occurred_at": st.datetimes().map(lambda at: f"{at.isoformat()}Z") | st.sampled_from(INVALID["occurred_at"]),
+        "metadata": st.dictionaries(text_values(), json_values(), max_size=3) | st.sampled_from(INVALID["metadata"]),
     }
     if bulk:
         optional["type"] = st.sampled_from(["accrual", "burn", "burn", None, "x"])
@@ -371,8 +371,10 @@ def calls() -> st.SearchStrategy[str]:
 
 
 def tasks() -> st.SearchStrategy[Any]:
-    ours = ["tokens.burn", "tokens.accrue", "tokens.apply_many"]
-    return _or_wild(st.sampled_from(ours), st.sampled_from(["tokentrail.undecodable", "x", "", None]) | json_values())
+    registered = ["tokens.burn", "tokens.accrue", "tokens.apply_many"]
+    return _or_invalid(
+        st.sampled_from(registered), st.sampled_from(["tokentrail.undecodable", "x", "", None]) | json_values()
+    )
 
 
 def messages() -> st.SearchStrategy[bytes]:
@@ -389,8 +391,8 @@ def messages() -> st.SearchStrategy[bytes]:
     places = st.builds(
         properties,
         priority=json_values(),
-        delivery_info=_or_wild(st.just({"exchange": "", "routing_key": "tokens"}), json_values()),
-        body_encoding=_or_wild(st.just("base64"), json_values()),
+        delivery_info=_or_invalid(st.just({"exchange": "", "routing_key": "tokens"}), json_values()),
+        body_encoding=_or_invalid(st.just("base64"), json_values()),
         delivery_tag=json_values(),
         reply_to=json_values(),
         correlation_id=json_values(),
@@ -429,21 +431,21 @@ def messages() -> st.SearchStrategy[bytes]:
     )
 
 
-def made(amount: int, seed_: int, portion: int = 5_000) -> Iterator[list[bytes]]:
-    """`amount` messages in portions, by hypothesis and by changing bytes of what it makes."""
+def generated(amount: int, seed_: int, portion: int = 5_000) -> Iterator[list[bytes]]:
+    """`amount` messages in portions: hypothesis generates them, and each is mutated MUTANTS times."""
     chance, serial = random.Random(seed_), count()
     while amount > 0:
-        found = [
-            each
-            for one in _drawn(min(amount, portion) // (1 + MUTANTS) + 1, seed_)
-            for each in (one, *(mutated(one, chance, next(serial)) for _ in range(MUTANTS)))
+        batch = [
+            variant
+            for original in _draw(min(amount, portion) // (1 + MUTANTS) + 1, seed_)
+            for variant in (original, *(mutated(original, chance, next(serial)) for _ in range(MUTANTS)))
         ][:amount]
-        amount, seed_ = amount - len(found), seed_ + 1
-        yield found
+        amount, seed_ = amount - len(batch), seed_ + 1
+        yield batch
 
 
-def _drawn(amount: int, seed_: int) -> list[bytes]:
-    found: list[bytes] = []
+def _draw(amount: int, seed_: int) -> list[bytes]:
+    drawn: list[bytes] = []
 
     @seed(seed_)
     @settings(
@@ -455,10 +457,10 @@ def _drawn(amount: int, seed_: int) -> list[bytes]:
     )
     @given(messages())
     def gather(one: bytes) -> None:
-        found.append(one)
+        drawn.append(one)
 
     gather()
-    return found
+    return drawn
 
 
 _SPLICES = [
@@ -491,17 +493,17 @@ def mutated(one: bytes, chance: random.Random, serial: int) -> bytes:
 
 
 def _changed(data: bytes, chance: random.Random) -> bytes:
-    found = bytearray(data)
+    changed = bytearray(data)
     for _ in range(chance.choice((1, 1, 1, 2, 5))):
-        at = chance.randrange(len(found) + 1)
+        at = chance.randrange(len(changed) + 1)
         match chance.randrange(4):
             case 0:
-                found[at : at + 1] = bytes([chance.randrange(256)])
+                changed[at : at + 1] = bytes([chance.randrange(256)])
             case 1:
-                del found[at : at + chance.choice((1, 1, 4, 40))]
+                del changed[at : at + chance.choice((1, 1, 4, 40))]
             case 2:
-                found[at:at] = chance.choice(_SPLICES)
+                changed[at:at] = chance.choice(_SPLICES)
             case 3:
-                start = chance.randrange(len(found) + 1)
-                found[at:at] = found[start : start + chance.randrange(1, 30)]
-    return bytes(found)
+                start = chance.randrange(len(changed) + 1)
+                changed[at:at] = changed[start : start + chance.randrange(1, 30)]
+    return bytes(changed)

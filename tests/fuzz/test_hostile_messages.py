@@ -1,4 +1,4 @@
-"""Hostile messages through a real worker: each is accounted for, and nothing else notices."""
+"""Hostile messages through a real worker: each gets its outcome, and no other event is affected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from worker.read.connection import read_once
 from worker.read.pages import RECORDS, read_page
 
 from . import hostile
-from .accounts import Accounts
+from .expected import Expected
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,24 +36,24 @@ LONG = os.environ.get("TOKENTRAIL_FUZZ") == "long"
 #: Read before the tests' environment is cleared of settings.
 SEED = int(os.environ.get("TOKENTRAIL_FUZZ_SEED") or random.SystemRandom().randrange(10**6))
 
-#: Hostile messages beside the known killers, and how many of these there are between two looks at the memory.
+#: Generated messages, and how many of them are sent between two measurements of the worker's memory.
 MESSAGES, PORTION = (200_000, 10_000) if LONG else (900, 300)
 HUGE, FLOODS = (6, 40) if LONG else (1, 4)
 
-#: Bytes that the worker may grow by after the first portion; the largest messages there are come before that.
-GROWTH = 48 << 20
+#: Bytes by which the worker may grow after the first portion; the largest messages come before that.
+MAX_GROWTH = 48 << 20
 
-#: Seconds without any progress after which the worker is held to be stuck.
-STUCK = 120
+#: Seconds without progress after which the worker counts as stuck.
+STUCK_SECONDS = 120
 
 USERS = [f"regular {number}" for number in range(20)]
 
 
 class Traffic:
-    """Pushes hostile messages, with regular events among them, and never more than Redis should hold."""
+    """Pushes hostile messages and regular events between them, while at most 20,000 are in Redis."""
 
-    def __init__(self, stage: Stage, worker: Any, accounts: Accounts) -> None:
-        self.stage, self.worker, self.accounts = stage, worker, accounts
+    def __init__(self, stage: Stage, worker: Any, expected: Expected) -> None:
+        self.stage, self.worker, self.expected = stage, worker, expected
         self.chance = random.Random(SEED)
         self.process = psutil.Process(worker.pid)
         self.regular: list[tuple[str, str]] = []
@@ -63,13 +63,13 @@ class Traffic:
     def send(self, messages: Sequence[bytes]) -> None:
         for start in range(0, len(messages), 250):
             portion = messages[start : start + 250]
-            self.accounts.enter(portion)
+            self.expected.add(portion)
             with self.stage.redis.pipeline(transaction=False) as pipeline:
                 for raw in portion:
                     pipeline.lpush(self.chance.choice(self._lists), raw)
                 pipeline.execute()
             self._send_regular()
-            self._wait(most=20_000)
+            self._wait(max_left=20_000)
 
     def _send_regular(self) -> None:
         user, name = self.chance.choice(USERS), f"r{len(self.regular)}"
@@ -79,15 +79,15 @@ class Traffic:
         self.balances[user] += amount
 
     def drain(self) -> None:
-        self._wait(most=0)
+        self._wait(max_left=0)
 
-    def _wait(self, most: int) -> None:
-        """Until at most so many messages are in Redis."""
-        before, deadline = None, time.monotonic() + STUCK
-        while (left := self._left()) > most:
+    def _wait(self, max_left: int) -> None:
+        """Wait until at most `max_left` messages are in Redis."""
+        before, deadline = None, time.monotonic() + STUCK_SECONDS
+        while (left := self._left()) > max_left:
             assert self.worker.alive, f"the worker ended:\n{self.stage.log()[-3000:]}"
             if left != before:
-                before, deadline = left, time.monotonic() + STUCK
+                before, deadline = left, time.monotonic() + STUCK_SECONDS
             assert time.monotonic() < deadline, f"{left} messages are stuck:\n{self.stage.log()[-3000:]}"
             time.sleep(0.05)
 
@@ -99,23 +99,23 @@ class Traffic:
 
 
 @pytest.fixture
-def accounts(stage) -> Iterator[Accounts]:
-    accounts = Accounts(stage.broker_url, stage.database_url)
-    yield accounts
-    accounts.close()
+def expected(stage) -> Iterator[Expected]:
+    expected = Expected(stage.broker_url, stage.database_url)
+    yield expected
+    expected.close()
 
 
 @pytest.fixture
-def traffic(stage, accounts) -> Traffic:
+def traffic(stage, expected) -> Traffic:
     print(f"seed {SEED}: TOKENTRAIL_FUZZ_SEED={SEED} sends the same again")
     worker = stage.start(burn_patience=0.2, log_format="json")
-    return Traffic(stage, worker, accounts)
+    return Traffic(stage, worker, expected)
 
 
-def test_every_hostile_message_is_accounted_for_and_harms_nobody(traffic, stage, accounts, tmp_path):
+def test_every_hostile_message_gets_its_outcome_and_no_other_event_is_affected(traffic, stage, expected, tmp_path):
     marker = tmp_path / "loaded"
     killers = list(hostile.killers(marker))
-    accounts.remember(killer.raw for killer in killers)
+    expected.remember(killer.raw for killer in killers)
     traffic.send([killer.raw for killer in killers])
     traffic.send([conflicting(action) for action in ("\u202e\n", "\x9f" * 200)])
     traffic.send([huge(number) for number in range(HUGE)])
@@ -123,23 +123,23 @@ def test_every_hostile_message_is_accounted_for_and_harms_nobody(traffic, stage,
     traffic.drain()
 
     measured: list[int] = []  # bytes
-    for portion in hostile.made(MESSAGES, SEED, portion=PORTION):
+    for portion in hostile.generated(MESSAGES, SEED, portion=PORTION):
         traffic.send(portion)
         traffic.drain()
         measured.append(traffic.memory())
         if LONG:
-            print(f"{accounts.messages:,} messages, worker at {measured[-1] >> 20} MiB", flush=True)
+            print(f"{expected.messages:,} messages, worker at {measured[-1] >> 20} MiB", flush=True)
 
     reasons = dict(stage.rows("SELECT reason, sum(deliveries)::bigint FROM dead_letter GROUP BY 1 ORDER BY 1"))
     decided = {table: stage.count(table) for table in ("transaction_record", "rejected_event")}
-    print(f"{accounts.messages:,} messages, {accounts.total:,} events: {decided}, dead letters {reasons}")
+    print(f"{expected.messages:,} messages, {expected.total:,} events: {decided}, dead letters {reasons}")
     print(f"memory in MiB, after every {PORTION:,}: {[each >> 20 for each in measured]}")
 
     assert traffic.worker.alive, "the process that began is the one that is there"
     assert len(stage.workers) == 1
     with psycopg.connect(stage.database_url, autocommit=True) as connection:
-        assert accounts.wrong(connection, traffic.regular) == []
-        assert_known(connection, accounts, killers)
+        assert expected.differences(connection, traffic.regular) == []
+        assert_known(connection, expected, killers)
         assert_histories_can_be_read(stage.database_url, connection)
     assert not marker.exists(), "a pickle or YAML was loaded"
     assert {user: stage.balance(user) for user in traffic.balances} == {
@@ -148,7 +148,7 @@ def test_every_hostile_message_is_accounted_for_and_harms_nobody(traffic, stage,
     assert stage.broken() == []
     assert_every_letter_says_why(stage)
     assert_log_is_calm(stage)
-    assert measured[-1] - measured[0] < GROWTH, "memory grows"
+    assert measured[-1] - measured[0] < MAX_GROWTH, "memory grows"
 
 
 def conflicting(action: str) -> bytes:
@@ -163,14 +163,14 @@ def huge(number: int) -> bytes:
     return hostile.message(hostile.call(fields))
 
 
-def assert_known(connection: psycopg.Connection[Any], accounts: Accounts, killers: list[hostile.Killer]) -> None:
+def assert_known(connection: psycopg.Connection[Any], expected: Expected, killers: list[hostile.Killer]) -> None:
     reasons = dict(connection.execute("SELECT fingerprint, reason FROM dead_letter").fetchall())
     assert len({killer.raw for killer in killers}) == len(killers)
     wrong = []
     for killer in killers:
-        found = [reasons.get(fingerprint) for fingerprint in accounts.of[killer.raw]]
-        if found != [killer.reason]:
-            wrong.append(f"{killer.name}: {found} instead of {killer.reason}")
+        actual = [reasons.get(fingerprint) for fingerprint in expected.fingerprints[killer.raw]]
+        if actual != [killer.reason]:
+            wrong.append(f"{killer.name}: {actual} instead of {killer.reason}")
     assert wrong == []
 
 
@@ -199,29 +199,31 @@ def assert_every_letter_says_why(stage: Stage) -> None:
 
 
 def assert_log_is_calm(stage: Stage) -> None:
-    """Nothing that a producer can write makes an error of ours, a traceback, or a line that is not JSON."""
+    """No message makes the worker log an error, a traceback, or a line that is not JSON."""
     lines = [line for line in stage.log().splitlines() if line.startswith("{")]
     loud = [line for line in lines if json.loads(line).get("level") in {"error", "critical"}]
     assert loud == []
     assert "Traceback" not in stage.log()
 
 
-def test_flower_hears_of_each_message_when_it_comes_how_it_ends_and_why_it_failed(traffic, stage, accounts, tmp_path):
+def test_each_message_has_task_events_for_its_arrival_its_end_and_the_reason_of_its_failure(
+    traffic, stage, expected, tmp_path
+):
     listener = stage.redis.pubsub(ignore_subscribe_messages=True)
     # Of our own database: channels are one namespace for all of a server's.
     listener.psubscribe(f"{urlsplit(stage.broker_url).path}.celeryev/task*")
     while not listener.patterns:
         listener.get_message(timeout=1)
     traffic.send([killer.raw for killer in hostile.killers(tmp_path / "loaded")])
-    for portion in hostile.made(150, SEED):
+    for portion in hostile.generated(150, SEED):
         traffic.send(portion)
     traffic.drain()
-    messages = accounts.messages + len(traffic.regular) // 2
+    messages = expected.messages + len(traffic.regular) // 2
 
     events: dict[str, list[dict[str, Any]]] = {}
     deadline = time.monotonic() + 60
     while len(events.get("task-succeeded", [])) + len(events.get("task-failed", [])) < messages:
-        assert time.monotonic() < deadline, {type_: len(found) for type_, found in events.items()}
+        assert time.monotonic() < deadline, {type_: len(list_) for type_, list_ in events.items()}
         if published := listener.get_message(timeout=1):
             for event in json.loads(base64.b64decode(json.loads(published["data"])["body"])):
                 events.setdefault(event["type"], []).append(event)
@@ -250,7 +252,7 @@ def test_hostile_broadcasts_neither_end_a_worker_nor_silence_it(traffic, stage):
     ]
     wild += [b'{"body": {"__type__": "bytes", "__value__": 5}, "no": "UTF-8 \xff"}'] * 3  # one to each channel
     wild += [killer.raw for killer in hostile.killers(stage._folder / "loaded")]
-    wild += [raw for portion in hostile.made(10_000 if LONG else 150, SEED) for raw in portion]
+    wild += [raw for portion in hostile.generated(10_000 if LONG else 150, SEED) for raw in portion]
     pubsub = stage.redis.pubsub()
     for number, raw in enumerate(wild):
         stage.redis.publish(channels[number % len(channels)] if number % 3 else channels[0], raw)
@@ -259,7 +261,7 @@ def test_hostile_broadcasts_neither_end_a_worker_nor_silence_it(traffic, stage):
     stage.publisher.publish(accrual("ann", 1, "a"))
     eventually(lambda: stage.balance("ann") == 1)
     eventually(lambda: stage.in_redis() == 0)
-    assert answers_ping(stage), "it hears its operators"
+    assert answers_ping(stage), "it answers remote control commands"
     assert traffic.worker.alive
     assert stage.count("dead_letter") == 0, "what is said on these channels is no event"
     assert not (stage._folder / "loaded").exists()

@@ -78,6 +78,8 @@ class Consumer:
 
 
 @contextmanager
-def consuming(url: str, *queues: str, transport: str = OURS, prefetch: int = 0, **options: Any) -> Iterator[Consumer]:
+def consuming(
+    url: str, *queues: str, transport: str | None = OURS, prefetch: int = 0, **options: Any
+) -> Iterator[Consumer]:
     with kombu.Connection(url, transport=transport, transport_options=options) as connection:
         yield Consumer(connection, *queues, prefetch=prefetch)

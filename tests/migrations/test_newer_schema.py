@@ -23,7 +23,7 @@ Deploy: any time, under load.
 
 from alembic import op
 
-from migrations.steps import add_constraint, add_index, briefly, steps
+from migrations.steps import add_constraint, add_index, with_short_lock, steps
 
 revision = "0003"
 down_revision = "0002"
@@ -34,9 +34,9 @@ TABLES = ("account", "transaction_record", "accrual_record", "burned_credit", "r
 
 def upgrade():
     with steps():
-        briefly("CREATE TABLE IF NOT EXISTS note (user_id text NOT NULL, text text NOT NULL)")
+        with_short_lock("CREATE TABLE IF NOT EXISTS note (user_id text NOT NULL, text text NOT NULL)")
         for table in TABLES:
-            briefly(
+            with_short_lock(
                 f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS note text,"
                 " ADD COLUMN IF NOT EXISTS notes integer NOT NULL DEFAULT 0",
                 on=table,

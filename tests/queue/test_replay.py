@@ -1,4 +1,4 @@
-"""`tokentrail dead-letters`: found, replayed so that each event counts once whoever is killed, discarded, purged."""
+"""`tokentrail dead-letters`: list, replay so that each event counts once whatever is killed, discard, purge."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import redis
 from schema.events import parse_event
 from schema.messages import ACCRUE, APPLY_MANY, TYPES
 from schema.publisher import Publisher, PublishError
+from schema.reasons import DEAD_LETTER_REASONS
 from tests.kit.events import accrual
 from tests.kit.stage import Stage
 from tests.kit.wait import eventually
@@ -47,7 +48,7 @@ def listed(letters):
 
 
 class Desk:
-    """A ledger that decides messages as a worker does, one at a time and when told, and the rows it leaves."""
+    """A ledger that applies queued messages as a worker does, one at a time and when `work` is called."""
 
     def __init__(self, database_url, broker_url):
         self._url = database_url
@@ -63,7 +64,7 @@ class Desk:
         return self.rows("SELECT state, reason, replays, deliveries FROM dead_letter WHERE id = %s", number)[0]
 
     def refuse(self, kwargs, reason, *, task=ACCRUE, body=None, event=True):
-        """A letter for a call, as the intake makes it; its number."""
+        """Write the dead letter of a call, as a worker does; returns its number."""
         self._ids += 1
         body = json.dumps([[], kwargs, {}]).encode() if body is None else body
         origin = Origin(task, f"id-{self._ids}", body, {"headers": {}})
@@ -82,8 +83,8 @@ class Desk:
             headers = sent["headers"]
             origin = Origin(headers["task"], headers["id"], body, headers, replay_of=headers["tokentrail_dead_letter"])
             _, kwargs, _ = read_body(body)
-            work = parse_call(headers["task"], [], kwargs, origin, max_amount=max_amount)
-            self.ledger.settle(work.deliveries, work.letters)
+            parsed = parse_call(headers["task"], [], kwargs, origin, max_amount=max_amount)
+            self.ledger.settle(parsed.deliveries, parsed.letters)
 
     def history(self, user):
         return self.rows(
@@ -103,7 +104,7 @@ def fields(key="k", user="ann", amount="5", **more):
     return {"user_id": user, "amount": amount, "idempotency_key": key, "source": "shop"} | more
 
 
-# Found
+# List and show
 
 
 def test_list_is_newest_first_and_pages_by_number(desk, letters, listed):
@@ -139,7 +140,7 @@ def test_show_has_all_that_is_kept_and_says_whether_it_can_be_replayed(desk, let
     bad = desk.refuse(None, "undecodable", body=b"\xff\x00", event=False)
     code, out, _ = letters("show", good)
     assert code == 0
-    assert "The message's time to be decided (expires) was over." in out
+    assert " ".join(DEAD_LETTER_REASONS["expired"].split()[:6]) in out
     assert "not possible: it holds no valid event: 'note' is not a field of this event." in " ".join(out.split())
     assert "\x1b" not in out
     code, out, _ = letters("show", bad, "--json")
@@ -149,30 +150,30 @@ def test_show_has_all_that_is_kept_and_says_whether_it_can_be_replayed(desk, let
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "noun"),
     [
-        (("show", 1), "There is no dead letter 1."),
-        (("list", "--reason", "bad"), "--reason must be one of unknown_task, undecodable"),
-        (("list", "--state", "closed"), "--state must be open, replayed, discarded or all."),
-        (("list", "--since", "yesterday"), "--since must be an age"),
-        (("list", "--user", "a\x00"), "--user must not hold a NUL"),
-        (("replay",), "Name either letters by ID, or all of a --reason"),
-        (("replay", 1, "--reason", "expired"), "Name either letters by ID"),
-        (("replay", 1, "--by", " "), "--by must name somebody."),
-        (("discard", 1), "Missing option '--reason'"),
-        (("discard", 1, "--reason", " "), "--reason must say why."),
-        (("purge",), "Missing option '--older-than'"),
-        (("purge", "--older-than", "old"), "--older-than must be an age"),
+        (("show", 1), "dead letter 1"),
+        (("list", "--reason", "bad"), "--reason"),
+        (("list", "--state", "closed"), "--state"),
+        (("list", "--since", "yesterday"), "--since"),
+        (("list", "--user", "a\x00"), "--user"),
+        (("replay",), "--reason"),
+        (("replay", 1, "--reason", "expired"), "--reason"),
+        (("replay", 1, "--by", " "), "--by"),
+        (("discard", 1), "--reason"),
+        (("discard", 1, "--reason", " "), "--reason"),
+        (("purge",), "--older-than"),
+        (("purge", "--older-than", "old"), "--older-than"),
     ],
 )
-def test_wrong_command_is_one_sentence_and_exit_code_2(letters, arguments, sentence):
+def test_wrong_command_is_one_line_and_exit_code_2(letters, arguments, noun):
     code, out, err = letters(*arguments)
     assert (code, out) == (2, "")
-    assert sentence in err
+    assert noun in err
     assert err.count("\n") == 1
 
 
-# Replayed
+# Replay
 
 
 def test_replay_publishes_the_same_event_and_records_who_and_when(desk, letters, listed):
@@ -367,7 +368,7 @@ def test_two_replays_at_once_publish_each_letter_once(desk, database_url, broker
     assert desk.rows("SELECT state, replays, count(*) FROM dead_letter GROUP BY 1, 2") == [("replayed", 1, 300)]
 
 
-# Discarded, purged
+# Discard and purge
 
 
 def test_discard_closes_open_letters_for_the_record(desk, letters, listed):
@@ -381,8 +382,7 @@ def test_discard_closes_open_letters_for_the_record(desk, letters, listed):
     assert (kept["state"], kept["state_changed_by"], kept["state_note"]) == ("discarded", "dave", "sent by mistake")
     code, out, err = letters("discard", number, 99, "--reason", "again")
     assert (code, out) == (1, "Discarded 0 dead letters.\n")
-    assert f"{number} was not: it is discarded, and only open ones can be." in err
-    assert "99 was not: there is no such letter." in err
+    assert [line.split()[0] for line in err.splitlines()] == [str(number), "99"]
     assert "it was discarded by dave on " in letters("replay", number)[2]
     assert "it was discarded by dave on " in letters("replay", number, "--again")[2]
     assert desk.queued() == []
@@ -429,11 +429,11 @@ def test_purge_goes_through_many_batches(desk, letters):
     assert letters("purge", "--older-than", "0s")[1] == "Purged the bodies of 1,201 dead letters.\n"
 
 
-# All of it, with workers and operators who are killed
+# With workers and commands that are killed
 
 
-def test_replay_of_many_letters_applies_each_once_whoever_is_killed(letters, database_url, broker_url, tmp_path):
-    """The cause: an amount too large. Mended, replayed twice; the command and the worker are killed on the way."""
+def test_replay_of_many_letters_applies_each_once_whatever_is_killed(letters, database_url, broker_url, tmp_path):
+    """The cause, a limit too low, is fixed; commands and workers are killed during two replays."""
     stage = Stage(database_url, broker_url, tmp_path)
     try:
         small = stage.start(max_amount=1)

@@ -45,7 +45,7 @@ def of_json(**changes):
     return read_json("{" + ",".join(f'"{name}":{text}' for name, text in fields.items() if text != "...") + "}")
 
 
-def test_an_event_is_what_was_sent():
+def test_an_event_has_what_was_sent():
     event = parsed(amount="12.50", occurred_at="2026-01-31T12:00:00.5+01:00", metadata={"b": 1, "a": [True, None]})
     assert event == Burn(
         **FIELDS | {"amount": "12.5", "occurred_at": event.occurred_at, "metadata": {"a": [True, None], "b": 1}}
@@ -56,7 +56,7 @@ def test_an_event_is_what_was_sent():
     assert event.metadata == '{"a":[true,null],"b":1}'
 
 
-def test_the_tasks_name_implies_the_type_and_must_not_be_contradicted():
+def test_the_name_of_the_task_says_the_type():
     accrual = {"user_id": "ann", "amount": 1, "idempotency_key": "k", "source": "payroll"}
     assert parse_event(accrual, type_="accrual") == parse_event(accrual | {"type": "accrual"}) == Accrual(**accrual)
     with pytest.raises(InvalidEvent, match=r"^type is 'burn': must be 'accrual'\.$"):
@@ -299,7 +299,7 @@ def test_metadata_at_its_limits_is_accepted(text):
     assert parsed(metadata=read_json(text)).metadata is not None
 
 
-def test_metadata_nested_as_deep_as_json_can_be_read_is_refused_like_any_other():
+def test_metadata_nested_as_deep_as_json_can_be_read_is_refused():
     deep = "[" * 900 + "]" * 900
     assert "nested too deep" in refusal(FIELDS | {"metadata": read_json(f'{{"a":{deep}}}')})
     assert "Python list" in refusal(FIELDS | {"metadata": read_json(f'{{"__type__":{deep},"__value__":1}}')})
@@ -327,7 +327,7 @@ any_field = st.one_of(
     ),
     st.booleans(),
 )
-def test_whatever_is_sent_is_an_event_or_refused_in_one_short_sentence(data, mostly_right):
+def test_any_data_is_an_event_or_refused_in_one_short_sentence(data, mostly_right):
     if mostly_right:
         data = FIELDS | data
     try:
@@ -337,7 +337,7 @@ def test_whatever_is_sent_is_an_event_or_refused_in_one_short_sentence(data, mos
         assert sentence.endswith(".")
         assert len(sentence) < 600
         assert "\x00" not in sentence
-        sentence.encode()  # no half of a surrogate pair: it goes to logs and events
+        sentence.encode()  # it goes to logs and task events
     else:
         assert parse_event(read_json(event_json(event)), max_amount=10**20) == event
 

@@ -1,4 +1,4 @@
-"""schema/publisher.py: what reaches Redis, and what a producer is told when it does not."""
+"""schema/publisher.py: the messages in Redis, and the errors that a producer gets."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def own_broker(tmp_path):
     server.stop()
 
 
-def taken(client, queue="tokens"):
-    """The messages in the order in which a worker takes them."""
+def queued(client, queue="tokens"):
+    """The messages in the order in which a worker fetches them."""
     return [json.loads(text) for text in reversed(client.lrange(queue, 0, -1))]
 
 
@@ -59,7 +59,7 @@ def call(message):
     return read_json(base64.b64decode(message["body"]))
 
 
-def test_message_is_one_that_celery_reads(broker_url, client):
+def test_celery_reads_the_message(broker_url, client):
     event = accrual(occurred_at="2026-01-31T12:00:00Z", metadata={"order": 4711})
     with Publisher(broker_url) as publisher:
         message_id = publisher.publish(event)
@@ -91,7 +91,7 @@ def test_no_digit_is_lost_between_event_and_message(broker_url, client):
     with Publisher(broker_url) as publisher:
         publisher.publish(event)
 
-    _, kwargs, _ = read_body(base64.b64decode(taken(client)[0]["body"]))
+    _, kwargs, _ = read_body(base64.b64decode(queued(client)[0]["body"]))
     assert parse_event(kwargs, type_="burn") == event
     assert kwargs["metadata"]["price"] == Decimal("0.1000000000000000055511")
 
@@ -99,24 +99,24 @@ def test_no_digit_is_lost_between_event_and_message(broker_url, client):
 @pytest.mark.parametrize(
     "text", ['a","type":"burn",', "quote'\"", "zero\u200bwidth", "\N{SNOWMAN}", "\\", "\n", "x" * 128]
 )
-def test_any_text_an_event_may_hold_arrives_as_it_is(broker_url, client, text):
+def test_every_text_of_an_event_arrives_unchanged(broker_url, client, text):
     event = burn(user_id=text, idempotency_key=text, action=text, metadata={"type": "burn", text: text})
     with Publisher(broker_url) as publisher:
         publisher.publish(event)
 
-    (message,) = taken(client)
+    (message,) = queued(client)
     assert message["headers"]["task"] == "tokens.burn"
     assert parse_event(call(message)[1], type_="burn") == event
 
 
-def test_arguments_shown_in_flower_are_filled_and_short(broker_url, client):
+def test_flower_shows_short_arguments(broker_url, client):
     with Publisher(broker_url) as publisher:
         publisher.publish(burn(amount="0.0000001"))
         publisher.publish(burn(user_id="u" * 128, idempotency_key="k" * 200, action="a" * 200))
         publisher.publish_bulk([burn(n, user_id=f"user-{n}") for n in range(1000)])
         publisher.publish_bulk([burn(n) for n in range(3)])
 
-    short, long, bulk, small = (message["headers"]["kwargsrepr"] for message in taken(client))
+    short, long, bulk, small = (message["headers"]["kwargsrepr"] for message in queued(client))
     assert short == "{'user_id': 'bob', 'amount': '0.0000001', 'idempotency_key': 'call-0', 'action': 'chat'}"
     assert len(long) == 200
     assert bulk.startswith("{'events': '1000, of user-0, user-1, ")
@@ -129,8 +129,8 @@ def test_events_keep_their_order_across_batches(broker_url, client):
     with Publisher(broker_url) as publisher:
         assert publisher.publish_all(iter(sent)) == len(sent)
 
-    assert [call(message)[1]["idempotency_key"] for message in taken(client)] == [e.idempotency_key for e in sent]
-    assert len({message["headers"]["id"] for message in taken(client)}) == len(sent)
+    assert [call(message)[1]["idempotency_key"] for message in queued(client)] == [e.idempotency_key for e in sent]
+    assert len({message["headers"]["id"] for message in queued(client)}) == len(sent)
 
 
 def test_batches_are_cut_by_bytes_too(own_broker):
@@ -151,7 +151,7 @@ def test_lane_of_a_user_is_always_the_same(broker_url, client):
         assert {publisher.queue_of(event) for event in events} == {f"tokens.{lane}" for lane in range(4)}
 
     for lane in range(4):
-        calls = [call(message)[1] for message in taken(client, f"tokens.{lane}")]
+        calls = [call(message)[1] for message in queued(client, f"tokens.{lane}")]
         assert {zlib.crc32(each["user_id"].encode()) % 4 for each in calls} == {lane}
         in_order = [e.idempotency_key for e in events if zlib.crc32(e.user_id.encode()) % 4 == lane]
         assert [each["idempotency_key"] for each in calls] == in_order
@@ -163,7 +163,7 @@ def test_bulk_message_carries_its_events_in_order(broker_url, client):
     with Publisher(broker_url) as publisher:
         publisher.publish_bulk(events)
 
-    (message,) = taken(client)
+    (message,) = queued(client)
     assert message["headers"]["task"] == "tokens.apply_many"
     assert [parse_event(each) for each in call(message)[1]["events"]] == events
 
@@ -200,7 +200,7 @@ def test_message_of_more_than_a_mebibyte_is_refused(broker_url, client):
     assert client.llen("tokens") == len(runs) > 1
 
 
-def test_redis_that_is_away_is_one_sentence_and_all_events_back():
+def test_the_error_of_an_unreachable_redis_is_one_sentence_with_all_events():
     events = [burn(n) for n in range(3)]
     with (
         Publisher(f"redis://:secret@127.0.0.1:{free_port()}/0", timeout=0.5) as publisher,
@@ -215,7 +215,7 @@ def test_redis_that_is_away_is_one_sentence_and_all_events_back():
 
 @pytest.mark.parametrize("lanes", [0, 2])
 def test_every_event_taken_from_the_iterable_comes_back_with_the_error(lanes):
-    """Also the one that found its batch full, and those that wait for another lane."""
+    """Also the event that did not fit into a full batch, and those of another lane."""
     left = (burn(n, user_id=f"user-{n}") for n in range(2 * MAX_PUSH_MESSAGES))
     url = f"redis://127.0.0.1:{free_port()}/0"
     with Publisher(url, timeout=0.5, lanes=lanes) as publisher, pytest.raises(PublishError) as raised:
@@ -224,8 +224,8 @@ def test_every_event_taken_from_the_iterable_comes_back_with_the_error(lanes):
     assert sorted(keys) == sorted(f"call-{n}" for n in range(2 * MAX_PUSH_MESSAGES))
 
 
-def test_events_whose_fate_is_unknown_come_back_and_the_acknowledged_do_not(own_broker):
-    """Redis takes the second batch and does not say so in time: the producer must not believe either."""
+def test_the_error_has_events_whose_fate_is_unknown_and_not_the_acknowledged(own_broker):
+    """Redis takes the second batch, and its reply comes too late: the producer cannot know."""
     broker_url, client = own_broker
     events = [burn(n) for n in range(MAX_PUSH_MESSAGES + 100)]
 
@@ -251,11 +251,11 @@ def test_events_whose_fate_is_unknown_come_back_and_the_acknowledged_do_not(own_
 
     with Publisher(broker_url) as publisher:
         publisher.publish_all(raised.value.events)
-    keys = Counter(call(message)[1]["idempotency_key"] for message in taken(client))
+    keys = Counter(call(message)[1]["idempotency_key"] for message in queued(client))
     assert keys.keys() == {event.idempotency_key for event in events}
 
 
-def test_connection_that_redis_closed_is_replaced(own_broker):
+def test_a_connection_that_redis_closed_is_replaced(own_broker):
     broker_url, client = own_broker
     with Publisher(broker_url) as publisher:
         publisher.publish(burn(1))
@@ -264,7 +264,7 @@ def test_connection_that_redis_closed_is_replaced(own_broker):
     assert client.llen("tokens") == 2
 
 
-def test_refusal_by_redis_is_told_and_nothing_is_stored(own_broker):
+def test_the_error_of_a_refusal_says_that_nothing_is_published(own_broker):
     broker_url, client = own_broker
     client.acl_setuser("reader", enabled=True, passwords="+reader", keys=["*"], commands=["+ping"])
     url = broker_url[: broker_url.index("//")] + "//reader:reader" + broker_url[broker_url.index("@") :]
@@ -273,7 +273,7 @@ def test_refusal_by_redis_is_told_and_nothing_is_stored(own_broker):
     assert client.llen("tokens") == 0
 
 
-def test_wrong_password_is_told_without_showing_it(own_broker):
+def test_the_error_of_a_wrong_password_does_not_show_it(own_broker):
     broker_url, _ = own_broker
     url = broker_url[: broker_url.index("//")] + "//:mistyped" + broker_url[broker_url.index("@") :]
     with Publisher(url) as publisher, pytest.raises(PublishError, match=r"cannot be used .*password") as raised:

@@ -135,14 +135,7 @@ def test_remote_control_commands_are_answered(broker_url, broker):
         worker.join()
 
 
-@pytest.fixture
-def registered(monkeypatch):
-    aliases, cache = kombu.transport.TRANSPORT_ALIASES, kombu.transport._transport_cache
-    monkeypatch.setattr(kombu.transport, "TRANSPORT_ALIASES", dict(aliases))
-    monkeypatch.setattr(kombu.transport, "_transport_cache", dict(cache))
-
-
-def test_urls_stay_the_same(registered, broker_url):
+def test_urls_stay_the_same(own_aliases, broker_url):
     assert not isinstance(kombu.Connection(broker_url).transport, Transport)
     register()
     assert type(kombu.Connection(broker_url).transport) is Transport

@@ -88,7 +88,7 @@ QOS = "_delivered _dirty _quick_ack _on_collect _vrestore_count prefetch_count r
 POLLER = "_channels _fd_to_chan"
 TRANSPORT = "_callbacks cycle client"
 CONNECTION = "alt hostname port virtual_host transport_options"
-MESSAGE = "_raw errors headers delivery_tag"
+MESSAGE = "errors headers delivery_tag"
 ATTRIBUTES = f"{CHANNEL} {QOS} {POLLER} {TRANSPORT} {CONNECTION} {MESSAGE}".split()
 
 

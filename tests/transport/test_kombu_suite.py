@@ -1,6 +1,6 @@
-"""kombu's own tests of its Redis transport pass on ours; those that do not apply are named here, with the reason.
+"""kombu's own tests of its Redis transport pass on ours, except for those listed here with the reason.
 
-They come in kombu's source distribution, which pip downloads. Without a network this is skipped; with CI=true it fails.
+They are in kombu's source distribution, which pip downloads. Without a network they are skipped, or fail if CI=true.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.network
 HERE = Path(__file__).parent
 UNIT, LIVE = "t/unit/transport/test_redis.py", "t/integration/test_redis.py"
 
-#: What is downloaded is run: only these bytes are.
+#: The download is executed: it has to be these bytes.
 SHA256 = {"5.7.0": "31e62fdfd2381caa3422f8e02b84a491d9a2180ddda74507b57f4cb1e1c2c2c9"}
 
 #: Reason → tests that do not apply for it.
 NOT_APPLICABLE = {
-    "their Redis is a fake that knows BRPOP, RPOP and HSET, but neither scripts nor packed commands; ours are tried on "
-    "a real one in test_transport.py": [
+    "their Redis is a fake that knows BRPOP, RPOP and HSET, but neither scripts nor packed commands; our scripts "
+    "run on a real one in the other modules here": [
         "test_Channel::test_delivery_tag_is_uuid",
         "test_Channel::test_brpop_start_records_send_time",
         "test_Channel::test_brpop_health_drop_resets_in_poll",
@@ -53,10 +53,10 @@ NOT_APPLICABLE = {
         "test_Channel::test_global_keyprefix_restore_visible",
         "test_MultiChannelPoller::test_qos_reject",
     ],
-    "it broadcasts what has no delivery tag, of which Celery would die; ours drops it with a warning": [
+    "it broadcasts a message without delivery tag, which would end Celery; ours drops it with a warning": [
         "test_SentinelChannel_fanout_compat::test_messages_without_delivery_tag_are_not_deduplicated",
     ],
-    "they put a Mock in the place of a channel or a connection, which answers our questions with Mocks": [
+    "they put a Mock in the place of a channel or a connection, and ours compares numbers with its answers": [
         "test_Channel::test_redis_on_disconnect_channel_only_if_was_registered",
         "test_MultiChannelPoller::test_get_no_actions",
         "test_MultiChannelPoller::test_get_brpop_qos_allow",
@@ -69,26 +69,26 @@ NOT_APPLICABLE = {
         "test_MultiChannelPoller::test_get_checks_brpop_health_when_idle",
         "test_MultiChannelPoller::test_get_skips_brpop_health_on_events",
     ],
-    "a reply that was asked for is read without credit as well: its messages are recorded as ours, to be kept alive": [
+    "ours reads a reply even if prefetch is used up: its messages are in flight, and need heartbeats": [
         "test_PausedBRPOP",
         "test_MultiChannelPoller::test_handle_event",
         "test_MultiChannelPoller::test_on_readable_keeps_connection",
     ],
-    "they count on one message per drain_events; ours delivers all that a fetch brought": [
+    "they rely on one message per drain_events; ours delivers all messages of a fetch": [
         "test_RedisPriority::test_publish_consume",
         "test_RedisPriority::test_publish_requeue_consume",
         "test_RedisQueueExpiration::test_expiration_gets_reset_on_get",
     ],
-    "a message that its worker gave up goes back byte for byte; only one that had to be restored says `redelivered`": [
+    "ours requeues a message byte for byte; only a restored message has the header `redelivered`": [
         "test_RedisRestoreBindingLookupFailure::test_requeue_requeues_message",
         "test_RedisRestoreAtShutdown::test_unacked_message_requeued_on_connection_close",
     ],
-    "they make SMEMBERS fail between two commands of a restore; ours is one script, there is no between": [
+    "they make SMEMBERS fail between two commands of a restore; ours is one script": [
         "test_RedisRestoreBindingLookupFailure::test_failed_requeue_keeps_message_unacked",
         "test_RedisRestoreBindingLookupFailure::test_failed_restore_visible_keeps_message_unacked",
     ],
-    "an idle channel looks at its lists forty times a second, so that a connection that went silent is a timeout at "
-    "the next look, and not found 26 seconds later": [
+    "an idle channel of ours polls its lists forty times a second, and gets a timeout from a silent connection, which "
+    "kombu notices 26 seconds later": [
         "test_RedisBrpopHealthCheck::test_half_open_connection_dropped_and_consumption_resumes",
         "test_RedisBrpopHealthCheck::test_half_open_connection_dropped_by_drain_events",
         "test_RedisBrpopHealthCheck::test_live_connection_with_unread_reply_not_dropped",

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from schema.responses import MAX_LIMIT, HistoryQuery, Rejections, TransactionHistory
+from schema.responses import MAX_LIMIT, USER_RULE, HistoryQuery, Rejections, TransactionHistory
 from worker.cli.ledger import read
 from worker.cli.usage import UsageError
 from worker.output import console, history_table, printable, rejections_table
@@ -26,7 +26,7 @@ def history(
     try:
         query = HistoryQuery.model_validate({"userId": user, "page": page, "limit": limit})
     except ValidationError:
-        raise UsageError(f"USER must be {HistoryQuery.model_fields['user_id'].description}.") from None
+        raise UsageError(f"USER must be {USER_RULE}.") from None
     pages: Pages[TransactionHistory | Rejections] = REJECTIONS if rejected else RECORDS
     answer = read(partial(read_page, pages=pages, user_id=query.user_id, page=query.page, limit=query.limit))
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from schema.responses import ReceiptsQuery
+from schema.responses import KEY_RULE, USER_RULE, ReceiptsQuery
 from worker.cli.ledger import read
 from worker.cli.usage import UsageError
 from worker.output import console, receipt_table
@@ -24,9 +24,8 @@ def receipt(
     try:
         query = ReceiptsQuery.model_validate({"userId": user, "idempotencyKey": [key]})
     except ValidationError as error:
-        name, field = ("USER", "user_id") if error.errors()[0]["loc"][0] == "userId" else ("KEY", "idempotency_keys")
-        rule = (ReceiptsQuery.model_fields[field].description or "").rpartition("each ")[2]
-        raise UsageError(f"{name} must be {rule}.") from None
+        in_user = error.errors()[0]["loc"][0] == "userId"
+        raise UsageError(f"USER must be {USER_RULE}." if in_user else f"KEY must be {KEY_RULE}.") from None
     answer = read(partial(read_receipts, user_id=query.user_id, keys=query.idempotency_keys))
     if as_json:
         typer.echo(answer.json_text())

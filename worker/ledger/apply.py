@@ -119,7 +119,8 @@ class _Batch:
 
     def decide(self, delivery: Delivery) -> Outcome:
         """The outcome of a delivery; the rows that it needs are kept for `record`."""
-        event, key = delivery.event, delivery.key
+        event = delivery.event
+        key = event.user_id, event.idempotency_key
         if earlier := self.earlier.get(key):
             if earlier.payload_hash == delivery.payload_hash:
                 return earlier.decision._replace(repeated=True)
@@ -173,7 +174,8 @@ class _Batch:
             account.head_hash,
         )
         self.transactions.append(
-            TransactionRow(
+            TransactionRow.__new__(
+                TransactionRow,
                 user_id=event.user_id,
                 sequence=account.sequence,
                 idempotency_key=event.idempotency_key,
@@ -192,7 +194,8 @@ class _Batch:
         flow = moment.flow
         if isinstance(event, Accrual):
             self.accruals.append(
-                AccrualRow(
+                AccrualRow.__new__(
+                    AccrualRow,
                     user_id=event.user_id,
                     sequence=account.sequence,
                     amount=amount,
@@ -204,7 +207,8 @@ class _Batch:
             flow.issued = MONEY.add(flow.issued, event.amount)
         else:
             self.burned.append(
-                BurnedRow(
+                BurnedRow.__new__(
+                    BurnedRow,
                     user_id=event.user_id,
                     sequence=account.sequence,
                     amount=amount,

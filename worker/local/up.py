@@ -24,8 +24,7 @@ from worker.files import UntrustedFileError, open_own, read_own
 from worker.listening import ListenError, listen
 from worker.local.embedded import EmbeddedError, make_folder, servers
 from worker.migration import deploy
-from worker.migration_progress import migrating
-from worker.output import console
+from worker.output import console, migrating
 from worker.processes import Child, Family
 from worker.readiness import check_broker
 
@@ -206,12 +205,12 @@ class _System:
 
     def _migrate(self) -> None:
         database_url = str(self._addresses["database_url"])
-        with migrating(database_url, self._screen.console) as report:
-            result = deploy(database_url, report)
-        if result.left:
-            self._screen.say(result.left)
-        elif result.applied:
-            self._screen.say(f"migrated the database to {result.applied[-1]}")
+        with migrating(self._screen.console):
+            deployed = deploy(database_url)
+        if deployed.warning:
+            self._screen.say(deployed.warning)
+        elif deployed.applied:
+            self._screen.say(f"migrated the database to {deployed.applied[-1]}")
 
     def _start_children(self) -> None:
         self._environment = {

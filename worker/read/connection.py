@@ -10,32 +10,25 @@ from typing import Any, Final, TypeVar
 from psycopg import AsyncConnection
 from psycopg.errors import UndefinedColumn, UndefinedTable
 
+from worker import db
 from worker.schema_version import SchemaError, refuse_old_server
 
 T = TypeVar("T")
 
 READ_TIMEOUT: Final = 5.0  # seconds that the statements of one answer may take
 
-#: Every statement finds rows by key. Without statistics the planner may prefer to read a whole table; here it must
-#: not. Read-only is a second safeguard: no statement of the read side writes.
+#: Read-only is a second safeguard: no statement of the read side writes.
 SESSION: Final = f"""
+    {db.SESSION};
     SET default_transaction_read_only = on;
-    SET timezone = 'UTC';
     SET statement_timeout = '{READ_TIMEOUT * 1000:.0f}ms';
-    SET client_connection_check_interval = '2s';
-    SET enable_seqscan = off;
-    SET enable_bitmapscan = off;
-    SET enable_hashjoin = off;
-    SET enable_mergejoin = off
+    SET enable_bitmapscan = off
 """
 
 OPTIONS: Final[dict[str, Any]] = {
     "autocommit": True,
     "connect_timeout": int(READ_TIMEOUT),
-    "tcp_user_timeout": 15_000,  # ms; a silent peer counts as dead after this
-    "keepalives_idle": 5,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
+    **db.KEEPALIVES,
     "prepare_threshold": None,  # plan for the table as it is now, not as it was when the connection was opened
 }
 

@@ -34,7 +34,7 @@ from .fetcher import Fetcher, Mode
 from .pending import pending_operations
 from .poller import Poller
 from .qos import QoS
-from .scripts import Fetched, Keys, QueueList, Scripts
+from .scripts import Fetched, QueueList, Scripts
 
 stock: Any = import_module("kombu.transport.redis")
 
@@ -65,20 +65,14 @@ class Channel(stock.Channel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._no_ack_queues: set[str] = set()
         super().__init__(*args, **kwargs)
-        prefix = self.global_keyprefix
-        keys = Keys(
-            unacked=prefix + self.unacked_key,
-            unacked_index=prefix + self.unacked_index_key,
-            unacked_restores=prefix + self.unacked_restores_key,
-            prefix=prefix,
-            separator=self.sep,
-            bindings=self.keyprefix_queue % ("",),
-        )
+        keys = (self.unacked_key, self.unacked_index_key, self.unacked_restores_key)
+        names = (self.sep, self.keyprefix_queue % ("",))
+        self.scripts = Scripts(self.conn_or_acquire, self.global_keyprefix, keys, *names)
         client = self.connection.client
         hosts = tuple(sorted(client.alt)) or (client.hostname, client.port)  # sorted: kombu rotates the hosts it tries
-        self.scripts = Scripts(self.conn_or_acquire, keys)
-        self.pending = pending_operations((hosts, client.virtual_host, keys.unacked))
-        self.fetcher = Fetcher(self.scripts, self.pending, max_bytes=self.fetch_bytes, wait_seconds=self.brpop_timeout)
+        self.pending = pending_operations((hosts, client.virtual_host, self.scripts.key(self.unacked_key)))
+        limits = {"max_messages": self.fetch_count, "max_bytes": self.fetch_bytes, "wait_seconds": self.brpop_timeout}
+        self.fetcher = Fetcher(self.scripts, self.pending, **limits)
 
     # Fetch
 
@@ -100,7 +94,7 @@ class Channel(stock.Channel):
     def _brpop_start(self, timeout: float | None = None) -> None:  # noqa: ARG002
         """Send a fetch, where kombu sends BRPOP."""
         lists = self._lists(self._queue_cycle.consume(len(self.active_queues)), self._no_ack_queues)
-        if fetch := self.fetcher.next_fetch(lists, self._max_messages()):
+        if fetch := self.fetcher.next_fetch(lists, self.qos.can_consume_max_estimate()):
             self._in_poll = self.client.connection  # before it is sent: if the connection is lost, so is the reply
             self._brpop_sent_at = monotonic()
             self.fetcher.send(fetch, self._in_poll)
@@ -128,7 +122,7 @@ class Channel(stock.Channel):
         """
         if not (self._in_poll and self.qos.can_consume()):
             return False
-        fetched = self.fetcher.fetch_unwatched(self._max_messages())
+        fetched = self.fetcher.fetch_unwatched(self.qos.can_consume_max_estimate())
         self._deliver_fetched(fetched)
         return bool(fetched)
 
@@ -141,16 +135,12 @@ class Channel(stock.Channel):
         return [
             QueueList(
                 queue,
-                self.global_keyprefix + self._q_for_pri(queue, step),
+                self.scripts.key(self._q_for_pri(queue, step)),
                 "" if queue in no_ack_queues else f',"",{json.dumps(queue)}{" " * step}]',
             )
             for step in self.priority_steps
             for queue in queues
         ]
-
-    def _max_messages(self) -> int:
-        allowed = self.qos.can_consume_max_estimate()
-        return self.fetch_count if allowed is None else min(allowed, self.fetch_count)
 
     # Deliver
 
@@ -194,23 +184,17 @@ class Channel(stock.Channel):
                 if message := self._message(item):
                     callback(message)
         finally:
-            if undelivered:
-                self._requeue_undelivered(list(undelivered))
+            if tags := [item.tag for item in undelivered if item.source.record_end]:
+                self._requeue(tags)
 
-    def _requeue_undelivered(self, undelivered: list[Fetched]) -> None:
-        tags = [item.tag for item in undelivered if item.source.record_end]
+    def _requeue(self, tags: list[str]) -> None:
         try:
             for _ in self.scripts.requeue(tags):
                 pass
-            for item in reversed([item for item in undelivered if not item.source.record_end]):
-                self.scripts.push(item.source.key, item.raw)
         except Exception as error:  # noqa: BLE001 - an unreachable broker must not end the worker; the tags are kept
             self.pending.requeue_later(tags)
-            logger.warning(
-                "Could not requeue %d fetched messages (%r): they are requeued with the next connection.",
-                len(undelivered),
-                error,
-            )
+            event = "Could not requeue %d fetched messages (%r): they are requeued with the next connection."
+            logger.warning(event, len(tags), error)
 
     def _message(self, item: Fetched) -> Any:
         """A kombu message of whatever was fetched; None for undecodable bytes that need no acknowledgement."""
@@ -228,7 +212,10 @@ class Channel(stock.Channel):
                 )
                 return None
             payload = envelope.undecodable(item.raw, item.source.queue, reason)
-            self._record_undecodable(item, payload)
+            try:
+                self.scripts.record_undecodable(item.tag, f"[{envelope.to_json(payload)}{item.source.record_end}")
+            except Exception as error:  # noqa: BLE001 - the bytes stay recorded as they are, which restore.lua reads, too
+                logger.warning("Could not record an undecodable message in the form that kombu can restore: %r.", error)
             message = self._build(payload, item)
         message.size = len(item.raw)
         return message
@@ -247,12 +234,6 @@ class Channel(stock.Channel):
             headers.pop(RESTORES_HEADER, None)
             headers.pop(SOLO_DEATHS_HEADER, None)
         return self.Message(payload, channel=self)
-
-    def _record_undecodable(self, item: Fetched, payload: dict[str, Any]) -> None:
-        try:
-            self.scripts.record_undecodable(item.tag, f"[{envelope.to_json(payload)}{item.source.record_end}")
-        except Exception as error:  # noqa: BLE001 - the bytes stay recorded as they are, which restore.lua reads, too
-            logger.warning("Could not record an undecodable message in the form that kombu can restore: %r.", error)
 
     # Broadcasts
 
@@ -286,17 +267,14 @@ class Channel(stock.Channel):
     def basic_get(self, queue: str, no_ack: bool = False, **_kwargs: Any) -> Any:
         """One message of `queue`, recorded as unacknowledged unless `no_ack`; None if there is none."""
         try:
-            message = self._get_message(queue, no_ack)
+            message = self._get(queue, no_ack=no_ack)
         except Empty:
             return None
         if not no_ack:
             self.qos.append(message, message.delivery_tag)
         return message
 
-    def _get(self, queue: str, timeout: float | None = None) -> Any:  # noqa: ARG002
-        return self._get_message(queue, no_ack=False)._raw
-
-    def _get_message(self, queue: str, no_ack: bool) -> Any:
+    def _get(self, queue: str, timeout: float | None = None, no_ack: bool = False) -> Any:  # noqa: ARG002
         fetched = self.fetcher.fetch_now(self._lists([queue], {queue} if no_ack else ()), 1)
         with self.conn_or_acquire() as client:
             self._maybe_update_queues_expire(client, queue)

@@ -37,12 +37,15 @@ class Mode(Enum):
 class Fetcher:
     """Asks Redis for messages and reads its replies, for one channel and its connection."""
 
-    def __init__(self, scripts: Scripts, pending: PendingOperations, *, max_bytes: int, wait_seconds: float) -> None:
+    def __init__(
+        self, scripts: Scripts, pending: PendingOperations, *, max_messages: int, max_bytes: int, wait_seconds: float
+    ) -> None:
         self.mode = Mode.FETCH
         #: The error with which Redis refused the last fetch; None if it did not.
         self.refusal: str | None = None
         self._scripts = scripts
         self._pending = pending
+        self._max_messages = max_messages
         self._max_bytes = max_bytes
         self._wait_seconds = wait_seconds
         self._identity = uuid4().hex
@@ -52,11 +55,11 @@ class Fetcher:
         self._lists_were_empty = False  # after the last reply: the next fetch waits for the first list
         self._full_until = self._retry_at = self._log_at = 0.0  # as of monotonic()
 
-    def next_fetch(self, lists: Sequence[QueueList], max_messages: int) -> Fetch | None:
-        """The fetch to send now; None if there are no lists, while paused, and shortly after a refusal."""
+    def next_fetch(self, lists: Sequence[QueueList], allowed: int | None) -> Fetch | None:
+        """The fetch of up to `allowed` messages to send now; None without lists, while paused, or after a refusal."""
         if not lists or self.mode is not Mode.FETCH or monotonic() < self._retry_at:
             return None
-        return self._fetch(lists, max_messages)
+        return self._fetch(lists, allowed)
 
     def send(self, fetch: Fetch, connection: Any) -> None:
         """Send a fetch; if the lists were empty, in one round trip with a command that waits for the first list."""
@@ -96,16 +99,16 @@ class Fetcher:
         """Requeue the messages in a reply that can no longer be read: Redis has recorded them as unacknowledged."""
         self._pending.requeue_later(self._sent.tags())
 
-    def fetch_now(self, lists: Sequence[QueueList], max_messages: int) -> list[Fetched]:
+    def fetch_now(self, lists: Sequence[QueueList], allowed: int | None) -> list[Fetched]:
         """Fetch over a connection of its own. Raises what redis-py raises."""
-        fetch = self._fetch(lists, max_messages)
+        fetch = self._fetch(lists, allowed)
         try:
             return fetch.messages(self._scripts.fetch(fetch))
         except _CONNECTION_ERRORS:
             self._pending.requeue_later(fetch.tags())
             raise
 
-    def fetch_unwatched(self, max_messages: int) -> list[Fetched]:
+    def fetch_unwatched(self, allowed: int | None) -> list[Fetched]:
         """Fetch from the lists that the wait which was sent does not end for. Raises connection errors.
 
         BLMOVE waits for one list, and Redis checks its timeout only ten times a second.
@@ -114,7 +117,7 @@ class Fetcher:
         if not (lists and self._sent_with_wait and self.mode is Mode.FETCH):
             return []
         try:
-            return self.fetch_now(lists, max_messages)
+            return self.fetch_now(lists, allowed)
         except exceptions.ResponseError as error:
             self.refused(error)
             return []
@@ -133,7 +136,8 @@ class Fetcher:
             self._log_at = monotonic() + _LOG_SECONDS
             logger.error("Redis rejects the worker's commands; retrying every second: %s", text)
 
-    def _fetch(self, lists: Sequence[QueueList], max_messages: int) -> Fetch:
+    def _fetch(self, lists: Sequence[QueueList], allowed: int | None) -> Fetch:
+        max_messages = self._max_messages if allowed is None else min(allowed, self._max_messages)
         return Fetch(lists, max_messages, self._max_bytes, f"{self._identity}-{next(self._numbers)}-")
 
     def _wait_command(self, first: QueueList) -> tuple[Any, ...]:

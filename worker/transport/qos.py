@@ -160,20 +160,16 @@ class QoS(stock.QoS):
         if (self._vrestore_count - 1) % (interval or 1):
             return
         for _ in range(MAX_RESTORE_CALLS):
-            result = self._scripts.restore(self.visibility_timeout)
-            if result.restored:
-                logger.warning(
-                    "Restored %d messages: their worker sent no heartbeat for %s s.",
-                    result.restored,
-                    self.visibility_timeout,
-                )
-            if result.stuck:
+            restored, stuck, more = self._scripts.restore(timeout := self.visibility_timeout)
+            if restored:
+                logger.warning("Restored %d messages: their worker sent no heartbeat for %s s.", restored, timeout)
+            if stuck:
                 logger.error(
                     "%d messages in %s fit no queue and stay there: check them and the bindings of their exchange.",
-                    result.stuck,
+                    stuck,
                     self.unacked_key,
                 )
-            if not result.more:
+            if not more:
                 break
 
     # The end of the channel

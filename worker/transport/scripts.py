@@ -57,17 +57,6 @@ COUNT_SOLO_ATTEMPTS = _script("count_solo_attempts")
 RECORD_UNDECODABLE = _script("record_undecodable")
 
 
-class Keys(NamedTuple):
-    """The keys of one logical database, complete with the global prefix, and what names of other keys are made of."""
-
-    unacked: str
-    unacked_index: str
-    unacked_restores: str
-    prefix: str
-    separator: str  # of queue and priority
-    bindings: str  # prefix of kombu's tables of bindings
-
-
 class QueueList(NamedTuple):
     """A Redis list to fetch from: one queue at one priority."""
 
@@ -107,52 +96,45 @@ class Fetch(NamedTuple):
         ]
 
 
-class Restored(NamedTuple):
-    """The result of restore.lua."""
-
-    restored: int
-    stuck: int  # messages that fit no list
-    more: bool  # whether there may be more to restore
-
-
 class Scripts:
     """Runs the scripts on one database. Every method raises what redis-py raises."""
 
-    def __init__(self, connect: Callable[[], AbstractContextManager[redis.Redis]], keys: Keys) -> None:
+    def __init__(
+        self, connect: Callable[[], AbstractContextManager[redis.Redis]], prefix: str, keys: Sequence[str], *names: str
+    ) -> None:
+        """`keys` are `unacked`, `unacked_index` and `unacked_restores`; all keys get the global `prefix`.
+
+        `names` are what return_to_list.lua makes the keys of lists of.
+        """
         self._connect = connect
-        self._keys = keys
+        self._prefix = prefix
+        self._keys = tuple(map(self.key, keys))
+        self._shared = (prefix, *names, envelope.ENVELOPE_START, str(MAX_BYTES_PER_CALL))
 
     def key(self, name: str) -> str:
         """The name of a key with the global prefix."""
-        return self._keys.prefix + name
+        return self._prefix + name
 
     def fetch_command(self, fetch: Fetch) -> tuple[Any, ...]:
         """The command that runs fetch.lua, for a caller that sends it itself and reads the reply later."""
-        keys = (
-            self._keys.unacked,
-            self._keys.unacked_index,
-            self._keys.unacked_restores,
-            *(source.key for source in fetch.lists),
-        )
+        keys = (*self._keys, *(source.key for source in fetch.lists))
         limits = (str(fetch.max_messages), str(fetch.max_bytes), fetch.tag_prefix)
-        return _command(FETCH, keys, (*limits, *(source.record_end for source in fetch.lists)))
+        return ("EVALSHA", FETCH.sha, len(keys), *keys, *limits, *(source.record_end for source in fetch.lists))
 
     def fetch(self, fetch: Fetch) -> list[Any]:
         """Fetch now; returns the reply of fetch.lua."""
-        reply: list[Any] = self._run(FETCH, self.fetch_command(fetch))
+        reply: list[Any] = self._execute(FETCH, self.fetch_command(fetch))
         return reply
 
     def acknowledge(self, tags: Sequence[str], fingerprints: Sequence[str]) -> None:
         """Remove at most MAX_TAGS_PER_CALL messages, and the counts under the `fingerprints` of restored ones."""
         counts = (*fingerprints, *map(_SOLO_ATTEMPTS.__add__, fingerprints))
-        keys = (self._keys.unacked, self._keys.unacked_index, self._keys.unacked_restores)
-        self._run(ACKNOWLEDGE, _command(ACKNOWLEDGE, keys, (str(len(tags)), *tags, *counts)))
+        self._run(ACKNOWLEDGE, self._keys, str(len(tags)), *tags, *counts)
 
     def heartbeat(self, tags: Sequence[str]) -> None:
         """Refresh the time of messages in flight, oldest first; other messages are not touched."""
         for start in range(0, len(tags), MAX_TAGS_PER_CALL):
-            arguments = (str(start), *tags[start : start + MAX_TAGS_PER_CALL])
-            self._run(HEARTBEAT, _command(HEARTBEAT, (self._keys.unacked_index,), arguments))
+            self._run(HEARTBEAT, self._keys[1:2], str(start), *tags[start : start + MAX_TAGS_PER_CALL])
 
     def requeue(self, tags: Sequence[str], push: Literal["RPUSH", "LPUSH"] = "RPUSH") -> Iterator[str]:
         """Requeue messages, oldest first in `tags`: served next, or with LPUSH last. Yields each tag once it is done.
@@ -161,50 +143,41 @@ class Scripts:
         """
         while tags:
             chunk = tags[-MAX_MESSAGES_PER_CALL:]
-            left = int(self._return_to_list(REQUEUE, (push, *chunk)))
+            left = int(self._run(REQUEUE, self._keys, *self._shared, push, *chunk))
             yield from chunk[left:]
             tags = tags[: len(tags) - len(chunk) + left]
 
-    def restore(self, visibility_timeout: float) -> Restored:
-        """Restore messages whose last heartbeat is older than `visibility_timeout` seconds."""
-        arguments = (str(visibility_timeout), str(MAX_MESSAGES_PER_CALL))
-        restored, stuck, more = self._return_to_list(RESTORE, arguments)
-        return Restored(restored, stuck, bool(more))
+    def restore(self, visibility_timeout: float) -> tuple[int, int, bool]:
+        """Restore messages whose last heartbeat is older than `visibility_timeout` seconds.
+
+        Returns how many, how many fit no list and stay, and whether there may be more.
+        """
+        arguments = (*self._shared, str(visibility_timeout), str(MAX_MESSAGES_PER_CALL))
+        restored, stuck, more = self._run(RESTORE, self._keys, *arguments)
+        return restored, stuck, bool(more)
 
     def count_solo_attempts(self, fingerprint: str, change: int) -> None:
         """Add to the number of solo attempts on a message."""
-        arguments = (_SOLO_ATTEMPTS + fingerprint, str(change))
-        self._run(COUNT_SOLO_ATTEMPTS, _command(COUNT_SOLO_ATTEMPTS, (self._keys.unacked_restores,), arguments))
+        self._run(COUNT_SOLO_ATTEMPTS, self._keys[2:], _SOLO_ATTEMPTS + fingerprint, str(change))
 
     def record_undecodable(self, tag: str, record: str) -> None:
         """Replace the record of a message in flight."""
-        self._run(RECORD_UNDECODABLE, _command(RECORD_UNDECODABLE, (self._keys.unacked,), (tag, record)))
+        self._run(RECORD_UNDECODABLE, self._keys[:1], tag, record)
 
-    def push(self, key: str, raw: bytes) -> None:
-        """Put a message that was not recorded back where it is served next."""
-        with self._connect() as client:
-            _execute(client, ("RPUSH", key, raw))
+    def _run(self, script: Script, keys: Sequence[str], *arguments: str) -> Any:
+        return self._execute(script, ("EVALSHA", script.sha, len(keys), *keys, *arguments))
 
-    def _return_to_list(self, script: Script, arguments: Sequence[str]) -> Any:
-        unacked, index, restores, prefix, separator, bindings = self._keys
-        shared = (prefix, separator, bindings, envelope.ENVELOPE_START, str(MAX_BYTES_PER_CALL))
-        return self._run(script, _command(script, (unacked, index, restores), (*shared, *arguments)))
-
-    def _run(self, script: Script, command: tuple[Any, ...]) -> Any:
+    def _execute(self, script: Script, command: tuple[Any, ...]) -> Any:
         with self._connect() as client:
             try:
-                return _execute(client, command)
+                return _execute(client, *command)
             except exceptions.NoScriptError:  # Redis restarted, and forgot all scripts
                 _load(client, script)
-                return _execute(client, command)
+                return _execute(client, *command)
 
 
-def _command(script: Script, keys: Sequence[str], arguments: Sequence[str]) -> tuple[Any, ...]:
-    return ("EVALSHA", script.sha, len(keys), *keys, *arguments)
-
-
-def _execute(client: redis.Redis, command: tuple[Any, ...]) -> Any:
-    # Not client.execute_command: kombu's client adds a global prefix, to the first key of a script and no other.
+def _execute(client: redis.Redis, *command: Any) -> Any:
+    # Not client.execute_command: kombu's client adds a global prefix, and only to the first key of a script.
     return redis.Redis.execute_command(client, *command)  # type: ignore[no-untyped-call]
 
 

@@ -1,6 +1,6 @@
-"""the schema before the audit trail
+"""legacy schema
 
-Why: what a token system has before anyone asks how a balance came about: balances, burns, one global row.
+Why: the tables of a token system without an audit trail: balances, burns, one global balance.
 Deploy: into an empty database. A database that has these tables already is stamped: `tokentrail migrate stamp`.
 """
 
