@@ -32,7 +32,7 @@ OPTIONS = {"synchronous_commit": "on", "max_connections": "20", "restart_after_c
 TEMPLATE = "chaos_template"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def breakable(given) -> Iterator[tuple[embedded.PostgresServer, embedded.ValkeyServer]]:
     """Servers of this suite's own, even where the other tests were given some."""
     with tempfile.TemporaryDirectory(prefix="tokentrail-chaos-") as parent:
