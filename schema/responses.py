@@ -23,10 +23,9 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
-from schema.reasons import DeadLetterReason, RejectionReason
-
 from .canonical import JsonText, plain_number, write_json
 from .events import Label, UserId
+from .reasons import DeadLetterReason, RejectionReason
 
 MAX_LIMIT: Final = 100  # records on one page
 MAX_KEYS: Final = 100  # receipts of one request

@@ -1,9 +1,9 @@
-"""What PostgreSQL holds: the constraints are the specification.
+"""The tables in PostgreSQL: the constraints are the specification.
 
-`account`, `burned_credit` and `global_token_balance` are older than the audit trail; what the trail added to
-them is NULL (counts: 0) in old rows and stays so. Every unique key of a table that grows starts with `user_id`,
-so that the tables can be distributed or partitioned by user later; `dead_letter`, whose user may be unknown, is
-the exception. Constraint names come from NAMING; a test holds models, migrations and database together.
+`account`, `burned_credit` and `global_token_balance` are older than the audit trail. The columns that the trail added
+stay NULL (counts: 0) in legacy rows. Every unique key of a table that grows starts with `user_id`, so that the tables
+can be distributed or partitioned by user later; the exception is `dead_letter`, whose user may be unknown. Constraint
+names come from NAMING. A test compares models, migrations and database.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Base(DeclarativeBase):
 
 
 class Account(Base):
-    """One user's tokens. Locked while events of it are decided, so that they are decided one at a time."""
+    """One user's tokens. A batch locks the row, so that the events of an account are decided one after the other."""
 
     __tablename__ = "account"
     __table_args__ = (
@@ -83,14 +83,14 @@ class Account(Base):
             name="head_of_records",
         ),
         CheckConstraint("rejections >= 0 AND (rejections = 0) = (rejection_head IS NULL)", name="head_of_rejections"),
-        # Room on the page for the next version of a row that is updated for ever (HOT): no index entry a time.
+        # Room on the page for the next version of the row (HOT update), so that an update adds no index entry.
         {"postgresql_with": {"fillfactor": 70}},
     )
 
     user_id: Mapped[str] = mapped_column(Key, primary_key=True)
     balance: Mapped[Decimal] = mapped_column(server_default=text("0"))
-    opening_balance: Mapped[Decimal | None]  # what the account held before its first record
-    sequence: Mapped[int] = mapped_column(server_default=text("0"))  # number of its last record, so their count
+    opening_balance: Mapped[Decimal | None]  # of the account, at the rejection before its first record
+    sequence: Mapped[int] = mapped_column(server_default=text("0"))  # of its last record, so also the number of records
     head_hash: Mapped[bytes | None]  # hash of its last record
     rejections: Mapped[int] = mapped_column(server_default=text("0"))
     rejection_head: Mapped[bytes | None]
@@ -98,7 +98,7 @@ class Account(Base):
 
 
 class TransactionRecord(Base):
-    """One change of one balance: the n-th of its account. Inserted once; never updated, never deleted."""
+    """A record: one change of one balance, the n-th of its account. Never updated, never deleted."""
 
     __tablename__ = "transaction_record"
     __table_args__ = (
@@ -124,14 +124,14 @@ class TransactionRecord(Base):
     # json, not jsonb: the canonical text must come back as it was hashed.
     details: Mapped[Any | None] = mapped_column("metadata", JSON(none_as_null=True))
     occurred_at: Mapped[datetime | None]  # the producer's clock
-    created_at: Mapped[datetime]  # ours, read after the locks
+    created_at: Mapped[datetime]  # the server's clock, read after the locks
     payload_hash: Mapped[bytes]
     hash: Mapped[bytes]
     hash_version: Mapped[int] = mapped_column(SmallInteger)
 
 
 class AccrualRecord(Base):
-    """What an accrual wrote beside its transaction record: where the tokens came from."""
+    """What an accrual writes beside its transaction record: where the tokens came from."""
 
     __tablename__ = "accrual_record"
     __table_args__ = (
@@ -148,7 +148,7 @@ class AccrualRecord(Base):
 
 
 class BurnedCredit(Base):
-    """What a burn wrote beside its transaction record; rows older than the trail have neither number nor balances."""
+    """What a burn writes beside its transaction record; legacy rows have neither sequence nor balances."""
 
     __tablename__ = "burned_credit"
     __table_args__ = (
@@ -165,7 +165,7 @@ class BurnedCredit(Base):
             "user_id",
             "sequence",
             unique=True,
-            postgresql_where=text("sequence IS NOT NULL"),  # old rows, however many, cost it nothing
+            postgresql_where=text("sequence IS NOT NULL"),  # so it holds no legacy rows
         ),
     )
 
@@ -180,7 +180,7 @@ class BurnedCredit(Base):
 
 
 class RejectedEvent(Base):
-    """One final no: the event as it came, the reason and the balance it met; the n-th of its account."""
+    """A rejection: the event as it came, the reason and the balance then; the n-th of its account."""
 
     __tablename__ = "rejected_event"
     __table_args__ = (
@@ -207,14 +207,14 @@ class RejectedEvent(Base):
     occurred_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
     reason: Mapped[str]
-    balance: Mapped[Decimal]  # what the account held
+    balance: Mapped[Decimal]  # of the account, at the rejection
     payload_hash: Mapped[bytes]
     hash: Mapped[bytes]
     hash_version: Mapped[int] = mapped_column(SmallInteger)
 
 
 class DeadLetter(Base):
-    """A message without an outcome, kept whole with the reason. Further deliveries of it count up, never add a row."""
+    """A message without an outcome, stored with the reason. Repeated deliveries are counted and add no row."""
 
     __tablename__ = "dead_letter"
     __table_args__ = (
@@ -226,7 +226,7 @@ class DeadLetter(Base):
             "state = 'open' OR state_changed_at IS NOT NULL AND state_changed_by IS NOT NULL",
             name="who_and_when",
         ),
-        # Receipts ask by key, operators by user; most letters without a user need no entry.
+        # Receipts select by key, operators by user. Letters without a user need no entry.
         Index(
             "ix_dead_letter_user_id_idempotency_key",
             "user_id",
@@ -259,10 +259,10 @@ class DeadLetter(Base):
 
 
 class GlobalTokenBalance(Base):
-    """All tokens there are: the row from before the trail as it was, and stripes that workers add to.
+    """The supply: the legacy row as it was, and stripes that workers add to.
 
-    Issued − burned since the trail began is the sum of the stripes; many rows, because every batch adds to one. Workers
-    choose stripes with ids below zero: what software of before the trail counted its row from, if it did, is above.
+    Issued − burned since the audit trail began is the sum over the stripes. There are many because every batch locks
+    one. Stripes have negative ids; the legacy row has an id from 0 up.
     """
 
     __tablename__ = "global_token_balance"

@@ -42,17 +42,15 @@ OF_THE_MACHINE = {"TOKENTRAIL_PG_BIN", "TOKENTRAIL_VALKEY_SERVER"}
 # Under nohup every process that a test starts would ignore it too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-#: The modules that take longest: begun last, one of them would be what a single process is at while the other is idle.
+#: The modules that take longest: begun last, one of them would keep a single process busy while the others are idle.
 LONGEST = (
     "test_kombu_suite",
-    "test_up",
     "test_docs",
+    "test_up",
     "test_embedded",
     "test_bench",
     "test_migrations",
-    "test_worker",
 )
-
 
 #: Set once the broker that we were given was seen to be empty: what is in it from then on is ours.
 EMPTIED = pytest.StashKey[str]()
@@ -85,9 +83,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest modules first."""
-    place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    """Let pytest-xdist keep together the tests that share a fixture, and begin the longest modules first."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+    for item in items:
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item: pytest.Item) -> str | None:
+    """The module or package whose servers or workers a test shares; every other test may run in any process."""
+    if "producer" in item.fixturenames:
+        return "producer"
+    for fixtures in item._fixtureinfo.name2fixturedefs.values():
+        if fixtures[-1].scope == "module":
+            return str(item.path)
+        if fixtures[-1].scope == "package":
+            return str(fixtures[-1].baseid)
+    return None
 
 
 class Addresses(NamedTuple):

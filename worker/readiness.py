@@ -38,7 +38,7 @@ _DEFAULT_ADVICE: Final = "check that it runs, and that DATABASE_URL is right"
 
 
 class NotReady(TokentrailError):
-    """What the command needs is unreachable or taken; the message says what."""
+    """A server or a port that the command needs cannot be used; the message names it."""
 
 
 def check_servers(settings: Settings) -> list[str]:

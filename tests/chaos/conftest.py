@@ -32,7 +32,7 @@ OPTIONS = {"synchronous_commit": "on", "max_connections": "20", "restart_after_c
 TEMPLATE = "chaos_template"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def breakable(given) -> Iterator[tuple[embedded.PostgresServer, embedded.ValkeyServer]]:
     """PostgreSQL and Valkey for this suite only, even if DATABASE_URL and BROKER_URL were set for the other tests."""
     with tempfile.TemporaryDirectory(prefix="tokentrail-chaos-") as parent:

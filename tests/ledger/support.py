@@ -1,4 +1,4 @@
-"""Words of the ledger's tests."""
+"""Helpers of the ledger's tests."""
 
 from __future__ import annotations
 

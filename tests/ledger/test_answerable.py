@@ -9,7 +9,7 @@ from worker.ledger.deliveries import IfShort
 from worker.ledger.store import answerable
 
 
-def test_a_burn_is_covered_by_its_balance_or_by_the_decision_of_another_delivery_and_by_nothing_else(connection):
+def test_a_burn_is_answerable_by_its_balance_or_by_the_decision_of_another_delivery(connection):
     apply_batch(connection, sent(accrual("alice", "10", "funds"), burn("alice", "7", "spent")), stripe=1)
     apply_batch(connection, sent(burn("alice", "5", "refused")), stripe=1)
     waiting = [

@@ -1,4 +1,4 @@
-"""One batch: what each event writes, moves and answers."""
+"""One batch: what each event writes, changes and returns."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_burn_that_is_not_final_stays_undecided_and_writes_nothing_but_its_acc
     assert apply(connection, burn("ann", "2", "k"), if_short=IfShort.WAIT) == [Undecided(Decimal(0))]
     assert {table: len(found) for table, found in rows(connection).items() if found} == {
         "account": 1,
-        "global_token_balance": 1,  # the one from before the trail
+        "global_token_balance": 1,  # the legacy row
     }
     mixed = [
         *sent(burn("ann", "2", "k"), if_short=IfShort.WAIT),
@@ -184,13 +184,13 @@ def test_a_dead_lettered_key_freezes_nothing(connection):
 
 
 def test_occurred_at_is_judged_at_the_first_decision_only(connection):
-    """A clock that has been set back since does not turn an answer into a dead letter."""
+    """A clock that was set back since does not turn an outcome into a dead letter."""
     event = accrual("ann", 1, "k", occurred_at=NOON.isoformat())
     apply(connection, event, clock=NOON)
     assert apply(connection, event, clock=NOON - timedelta(days=9)) == [Applied(1, 0, 1, repeated=True)]
 
 
-def test_a_balance_from_before_the_trail_becomes_the_opening_balance(connection):
+def test_a_legacy_balance_becomes_the_opening_balance(connection):
     connection.execute("INSERT INTO account (user_id, balance) VALUES ('ann', 7.5), ('bob', 1)")
 
     outcomes = apply(connection, burn("ann", 5, "k"), burn("bob", 5, "k"))
@@ -293,7 +293,7 @@ def test_a_batch_is_the_same_few_statements_whatever_its_size(connection, tmp_pa
             yield from (accrual(user, 2, key), burn(user, 1, f"b{key}"), burn(user, 10**9, f"r{key}"))
             yield accrual(user, 3, key)  # a conflict
 
-    opening, _ = executed(connection, tmp_path, *batch(300, "o"))  # new accounts: locked once in vain, opened
+    opening, _ = executed(connection, tmp_path, *batch(300, "o"))  # new accounts: locked once, then inserted
     small, few = executed(connection, tmp_path, *batch(1, "s"))
     large, many = executed(connection, tmp_path, *batch(500, "l"))
     assert len(many) == 500 * len(few)
@@ -357,7 +357,7 @@ def test_a_letter_is_kept_whatever_is_in_it(connection):
     assert json.loads(headers) == {nasty: [nasty, {"deep": None}]}
 
 
-def test_the_row_from_before_the_trail_is_never_a_stripe(connection):
+def test_a_legacy_row_is_never_a_stripe(connection):
     with pytest.raises(RuntimeError, match="row 0 of global_token_balance is a legacy row"):
         apply_batch(connection, sent(accrual("ann", 1, "k")), stripe=0)
     assert count(connection, "account") == 0

@@ -1,4 +1,4 @@
-"""Many workers at once: nothing lost, nothing twice, nobody deadlocked, and whoever must wait really waits."""
+"""Many workers at once: no event lost or applied twice, no deadlock, and a batch that must wait does wait."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORKERS = 8
 
 @pytest.fixture
 def connections(url):
-    """A connection for each worker, as patient as need be: here nobody is frozen."""
+    """A connection for each worker, with a long lock timeout."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(connect(url, settings_for(url, lock_timeout=30))) for _ in range(WORKERS)]
 
@@ -52,14 +52,14 @@ def deadlocks(connection):
     return connection.execute(query).fetchone()[0]
 
 
-def test_overlapping_batches_over_the_same_accounts_lose_nothing_and_deadlock_nobody(all_at_once, owner):
-    """Several seconds of every worker taking the same events, each to its own order and batches."""
+def test_overlapping_batches_over_the_same_accounts_lose_nothing_and_never_deadlock(all_at_once, owner):
+    """For two seconds every worker takes the same events, in an order and in batches of its own."""
     dice = random.Random(4711)
     events = [
         (accrual if dice.random() < 0.6 else burn)(f"user{dice.randrange(20)}", dice.randrange(1, 9), f"k{number}")
         for number in range(6_000)
     ]
-    deadline = time.monotonic() + 4  # how long we try; nothing is asserted about it
+    deadline = time.monotonic() + 2  # how long to try; nothing is asserted about it
     before = deadlocks(owner)
 
     def work(number, connection):
@@ -120,7 +120,7 @@ def test_two_contents_of_one_key_delivered_to_all_at_once_have_one_winner(all_at
     assert_books_balance(owner)
 
 
-def test_new_accounts_opened_by_all_at_once_in_different_orders_deadlock_nobody(all_at_once, owner):
+def test_accounts_inserted_by_all_at_once_in_different_orders_never_deadlock(all_at_once, owner):
     before = deadlocks(owner)
 
     def work(number, connection):
@@ -151,7 +151,7 @@ def test_the_second_holder_of_a_lock_waits_and_then_sees_what_the_first_did(conn
     assert_books_balance(owner)
 
 
-def test_a_batch_waits_for_an_account_that_another_is_opening(connections, owner, background):
+def test_a_batch_waits_for_an_account_that_another_inserts(connections, owner, background):
     first, second, *_ = connections
     with first.transaction():
         apply_batch(first, sent(accrual("new", 5, "k")), stripe=1)
@@ -161,7 +161,7 @@ def test_a_batch_waits_for_an_account_that_another_is_opening(connections, owner
 
 
 def test_a_batch_sees_what_was_decided_while_it_waited_for_a_lock(connections, owner, background):
-    """The look-up must come after the wait: before it, the key was nobody's."""
+    """The look-up must come after the wait: before it, the key was undecided."""
     apply_batch(owner, sent(accrual("ann", 5, "funds")), stripe=1)
     first, second, *_ = connections
     with holding(owner, "ann"):
@@ -172,9 +172,8 @@ def test_a_batch_sees_what_was_decided_while_it_waited_for_a_lock(connections, o
             lambda: owner.execute("SELECT cardinality(pg_blocking_pids(%s))", (pid(second),)).fetchone()[0] > 0,
             "the second batch waits too",
         )
-    assert sorted(told([*one.result(60), *other.result(60)])) == ["applied #1: 5 → 3", "applied #1: 5 → 3 (again)"] or (
-        sorted(told([*one.result(60), *other.result(60)])) == ["applied #2: 5 → 3", "applied #2: 5 → 3 (again)"]
-    )
+    outcomes = [*one.result(60), *other.result(60)]
+    assert sorted(told(outcomes)) == ["applied #2: 5 → 3", "applied #2: 5 → 3 (again)"]
     assert_books_balance(owner)
 
 

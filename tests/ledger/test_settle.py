@@ -1,4 +1,4 @@
-"""Whose fault an error is, each provoked for real: "not now" is waited out, an event's own fault is singled out."""
+"""Each error is provoked for real: a transient one is waited out, an event's own is bisected to its culprit."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from worker.ledger.apply import CONTENDED_AFTER_SECONDS, apply_batch
 from worker.ledger.dead_letters import NewDeadLetter
 from worker.ledger.deliveries import IfShort, Origin
 from worker.ledger.errors import MAX_CULPRITS, Interrupted, SuspiciousBatch
+from worker.ledger.locks import MAX_FAILED_INSERTS
 from worker.ledger.outcomes import Applied, DeadLettered, Locked, Rejected, Undecided
 from worker.local.embedded import PostgresServer
 from worker.migration import migrate
@@ -38,7 +39,7 @@ BATCH = 500
 
 @pytest.fixture
 def server_role(owner):
-    """A role that may do no more than a worker must, as whom the database can be made to refuse it."""
+    """A role with only the privileges that a worker needs, which the server can refuse."""
     role, password = f"ledger_{secrets.token_hex(6)}", secrets.token_hex(12)
     owner.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{password}'")
     owner.execute(f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO {role}")
@@ -49,7 +50,7 @@ def server_role(owner):
 
 @pytest.fixture(scope="module")
 def other_server(tmp_path_factory):
-    """A PostgreSQL that the tests may stop and kill. Durable: what it has acknowledged must survive that."""
+    """A PostgreSQL that the tests may stop and kill. Durable: it keeps what it acknowledged."""
     server = PostgresServer(tmp_path_factory.mktemp("other"), durable=True)
     server.start()
     migrate(server.url)
@@ -98,7 +99,7 @@ def a_table_locked(owner):
 
 
 def raising(sqlstate, condition="true"):
-    """A trigger that raises what cannot be provoked honestly in a test, or not soon enough."""
+    """A trigger that raises an error which a test cannot provoke otherwise, or not soon enough."""
 
     @contextlib.contextmanager
     def trouble(owner):
@@ -131,7 +132,7 @@ NOT_NOW = {
 
 
 @pytest.mark.parametrize(("trouble", "settings"), NOT_NOW.values(), ids=NOT_NOW)
-def test_what_no_event_can_cause_is_waited_out_and_said_once(request, watched, owner, trouble, settings):
+def test_a_transient_error_is_waited_out_and_reported_once(request, watched, owner, trouble, settings):
     sqlstate = request.node.callspec.id.split()[0]
     ledger = watched(**settings)
     with logged() as entries:
@@ -155,7 +156,7 @@ def test_what_no_event_can_cause_is_waited_out_and_said_once(request, watched, o
 
 
 def test_a_server_without_a_free_connection_is_waited_out(watched, owner, url, server_role):
-    """As a role that may do no more than a worker must: 53300."""
+    """53300, for a role with only the privileges that a worker needs."""
     role, password = server_role
     owner.execute(f"ALTER ROLE {role} CONNECTION LIMIT 0")
     parts = urlsplit(url)
@@ -171,8 +172,8 @@ def test_a_server_without_a_free_connection_is_waited_out(watched, owner, url, s
     ledger.finish()
 
 
-def test_an_address_that_makes_no_sense_is_nobodys_event(watched, owner, url):
-    """What libpq itself refuses, without a server: still not about any event."""
+def test_a_url_that_libpq_refuses_is_a_transient_error(watched, owner, url):
+    """Libpq refuses it without a server: that is no event's own error."""
     ledger = watched(url + "?sslmode=no_such_mode")
     outcomes = ledger.begin(sent(*events(3)))
     assert "no_such_mode" in ledger.next_report()
@@ -208,8 +209,8 @@ def test_a_session_ended_in_mid_batch_is_replaced(watched, owner):
     assert_books_balance(owner)
 
 
-def test_a_deadlock_with_a_stranger_is_tried_again(watched, owner, url):
-    """Someone who locks accounts in another order than ours; PostgreSQL makes us give way."""
+def test_a_deadlock_with_other_software_is_tried_again(watched, owner, url):
+    """Another session locks accounts in another order; PostgreSQL cancels the batch's statement."""
     owner.execute("INSERT INTO account (user_id) VALUES ('user0'), ('user6')")
     ledger = watched(lock_timeout=60)
     with (
@@ -221,7 +222,7 @@ def test_a_deadlock_with_a_stranger_is_tried_again(watched, owner, url):
         stranger.execute("SELECT FROM account WHERE user_id = 'user6' FOR UPDATE")
         outcomes = ledger.begin(sent(*events(20)))
         eventually(lambda: waiting_for(owner, stranger), "the batch waits for the stranger")
-        # Returns when the ledger has given way.
+        # Returns when PostgreSQL has cancelled the batch.
         stranger.execute("SELECT FROM account WHERE user_id = 'user0' FOR UPDATE")
         assert ledger.next_report().endswith("[40P01]")
     assert len(outcomes.result(PATIENCE)) == 20
@@ -230,7 +231,7 @@ def test_a_deadlock_with_a_stranger_is_tried_again(watched, owner, url):
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_server_that_goes_away_is_waited_for(watched, other_server, end):
+def test_a_server_that_stops_is_waited_for(watched, other_server, end):
     ledger = watched(other_server.url)
     name = f"{end}{secrets.token_hex(3)}"
     ledger.begin(sent(*events(20, name=name))).result(PATIENCE)
@@ -250,7 +251,7 @@ def test_a_server_that_goes_away_is_waited_for(watched, other_server, end):
 
 
 def test_a_database_that_became_read_only_under_a_session_is_found_again(watched, owner):
-    """As after a failover: the session that was read-only stays so, only a new one can write."""
+    """As after a failover: the old session stays read-only, only a new one can write."""
     ledger = watched()
     ledger.settle(sent(*events(5)))
     ledger.session.connection().execute("SET default_transaction_read_only = on")
@@ -260,7 +261,7 @@ def test_a_database_that_became_read_only_under_a_session_is_found_again(watched
 
 
 class Swallower:
-    """Stands between a client and PostgreSQL; ends the first connection that says `word`, after PostgreSQL did it."""
+    """A proxy that ends the first connection on which a client sends `word`, after PostgreSQL has executed it."""
 
     def __init__(self, url, word):
         parts = urlsplit(url)
@@ -306,7 +307,7 @@ class Swallower:
         self.door.close()
 
 
-def test_a_commit_that_nobody_confirmed_is_decided_once(watched, owner, url):
+def test_a_commit_without_confirmation_is_decided_once(watched, owner, url):
     ledger = watched()
     ledger.settle(sent(*[accrual(f"user{n}", 1, "opening") for n in range(7)]))
     letter = NewDeadLetter("undecodable", "The body is not JSON.", Origin("tokens.burn", "m1", b"?"))
@@ -327,8 +328,8 @@ def test_a_commit_that_nobody_confirmed_is_decided_once(watched, owner, url):
     assert_books_balance(owner)
 
 
-def test_a_connection_lost_while_new_accounts_are_looked_for_is_replaced(watched, owner, url):
-    """What psycopg raises for its own purposes when it cannot roll back is no database error, and ended a worker."""
+def test_a_connection_lost_at_the_rollback_for_missing_accounts_is_replaced(watched, owner, url):
+    """Psycopg's own Rollback, which escapes if it cannot roll back, is no database error; it would end the worker."""
     with contextlib.closing(Swallower(url, b"ROLLBACK")) as proxy:
         ledger = watched(proxy.url)
         found = ledger.begin(sent(*events(20))).result(PATIENCE)
@@ -340,7 +341,7 @@ def test_a_connection_lost_while_new_accounts_are_looked_for_is_replaced(watched
 
 
 def check_of_metadata(expression):
-    """A constraint of the table, as a migration with a mistake could add it."""
+    """A constraint that a faulty migration could add."""
 
     @contextlib.contextmanager
     def trouble(owner):
@@ -457,7 +458,7 @@ def test_a_batch_that_fails_leaves_nothing_half_done(connection, owner):
 
 @pytest.mark.parametrize("others", ["known", "new"])
 def test_while_some_accounts_are_locked_the_others_events_are_decided(watched, owner, connection, others):
-    """The free accounts go first; those that are really locked wait, in their order."""
+    """The free accounts go first; the locked ones wait, in their order."""
     users = ["ann", "bob", "cid", "dan"]
     owner.execute("INSERT INTO account (user_id) SELECT unnest(%s::text[])", (users if others == "known" else ["bob"],))
     ledger = watched(lock_timeout=0.1)
@@ -477,7 +478,7 @@ def test_while_some_accounts_are_locked_the_others_events_are_decided(watched, o
     assert_books_balance(owner)
 
 
-def test_what_is_locked_comes_back_to_whoever_wants_to_go_on_without_it(watched, owner, connection):
+def test_events_of_a_locked_account_can_be_left_undecided(watched, owner, connection):
     owner.execute("INSERT INTO account (user_id) VALUES ('ann'), ('bob')")
     ledger = watched(lock_timeout=0.1)
     letter = NewDeadLetter("invalid_event", "of the same batch", Origin("tokens.burn", "another"))
@@ -491,7 +492,7 @@ def test_what_is_locked_comes_back_to_whoever_wants_to_go_on_without_it(watched,
         assert ledger.settle([batch[0], batch[2]], leave_locked=True) == locked, "also when there is nothing else"
         assert ledger.unlocked(["bob"]) == set()
         assert ledger.unlocked(["ann", "bob", "cid"]) == {"ann", "cid"}
-    assert ledger.said == [], "it is nothing that the whole database has"
+    assert ledger.said == [], "one lock is no reason to be degraded"
     assert ledger.unlocked(["bob"]) == {"bob"}
     assert told(ledger.settle(batch, leave_locked=True)) == [
         "applied #1: 0 → 2",
@@ -502,8 +503,8 @@ def test_what_is_locked_comes_back_to_whoever_wants_to_go_on_without_it(watched,
     assert_books_balance(owner)
 
 
-def test_an_account_that_was_locked_while_it_was_opened_is_free_when_that_failed(watched, owner, url):
-    """There is no row then that anyone could unlock."""
+def test_an_account_whose_insert_by_another_session_failed_is_unlocked(watched, owner, url):
+    """There is no row then that could be locked."""
     ledger = watched(lock_timeout=0.1)
     batch = sent(accrual("ann", 1, "a"))
     with psycopg.connect(url) as stranger:
@@ -514,7 +515,7 @@ def test_an_account_that_was_locked_while_it_was_opened_is_free_when_that_failed
     assert told(ledger.settle(batch, leave_locked=True)) == ["applied #1: 0 → 1"]
 
 
-def test_of_new_accounts_only_the_one_that_somebody_is_stuck_opening_is_locked(watched, owner, url):
+def test_of_new_accounts_only_the_one_with_an_uncommitted_insert_is_locked(watched, owner, url):
     ledger = watched(lock_timeout=0.1)
     batch = sent(*(accrual(f"user-{n:02}", 1, "a") for n in range(20)))
     with psycopg.connect(url) as stranger:
@@ -528,7 +529,7 @@ def test_of_new_accounts_only_the_one_that_somebody_is_stuck_opening_is_locked(w
 
 
 def test_a_new_account_that_the_database_refuses_is_not_taken_for_a_locked_one(watched, owner, background):
-    """What looks for the locked ones opens the new ones, and meets the refusal."""
+    """The poll for lock holders inserts missing accounts, and meets the refusal."""
     owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
     owner.execute("ALTER TABLE account ADD CONSTRAINT mistake CHECK (user_id <> 'bad')")
     ledger = watched(lock_timeout=0.1)
@@ -565,8 +566,8 @@ def test_a_batch_that_is_cut_decides_no_event_before_an_earlier_one_of_its_accou
     assert isinstance(outcomes[3], DeadLettered)
 
 
-def test_a_look_at_what_is_locked_replaces_a_session_that_is_no_good(watched, owner):
-    """As one of a primary that has become a standby. In a quiet worker nothing else would find out."""
+def test_a_poll_for_unlocked_accounts_replaces_a_read_only_session(watched, owner):
+    """As of a primary that has become a standby. In an idle worker nothing else would detect it."""
     owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
     ledger = watched()
     ledger.settle(sent(*events(2)))
@@ -577,8 +578,8 @@ def test_a_look_at_what_is_locked_replaces_a_session_that_is_no_good(watched, ow
     assert ledger.said[1:] == [None]
 
 
-def test_an_account_in_ever_other_hands_is_busy_and_not_locked(watched, owner, url):
-    """Nobody who only looks ever sees it without a lock: there is always somebody else's turn."""
+def test_an_account_whose_lock_holder_changes_is_busy_and_not_locked(watched, owner, url):
+    """A poll never sees it without a lock, because one transaction after the other holds it."""
     owner.execute("INSERT INTO account (user_id) VALUES ('ann'), ('bob')")
     ledger = watched(lock_timeout=0.1)
     batch = sent(accrual("ann", 1, "a"), accrual("bob", 1, "a"))
@@ -589,48 +590,48 @@ def test_an_account_in_ever_other_hands_is_busy_and_not_locked(watched, owner, u
         assert ledger.unlocked(["ann", "bob"]) == set()
         one.commit()
         another.execute("SELECT FROM account WHERE user_id = 'ann' FOR UPDATE")
-        assert ledger.unlocked(["ann", "bob"]) == {"ann"}, "who stands in line for it gets it"
+        assert ledger.unlocked(["ann", "bob"]) == {"ann"}, "a batch that waits for the row lock gets it"
         assert ledger.settle(batch[:1], leave_locked=True) == [Locked("ann")], "unless that takes too long"
         assert ledger.unlocked(["ann", "bob"]) == set()
 
 
-def test_whoever_opens_many_accounts_holds_up_no_others_new_accounts(watched, owner, url):
-    """What one look has no time for, one of the next has."""
+def test_a_session_that_inserts_many_accounts_does_not_delay_other_new_accounts(watched, owner, url):
+    """What one poll has no time for, a later one has."""
     ledger = watched(lock_timeout=0.1)
-    others = [f"user-{n:02}" for n in range(60)]
+    imported = [f"import-{n}" for n in range(1, MAX_FAILED_INSERTS + 3)]
+    others = [f"user-{n:02}" for n in range(25)]
     with psycopg.connect(url) as stranger:
-        stranger.execute("INSERT INTO account (user_id) SELECT 'import-' || n FROM generate_series(1, 40) n")
-        batch = sent(*(accrual(user, 1, "a") for user in [*(f"import-{n}" for n in range(1, 41)), *others]))
-        outcomes = ledger.settle(batch, leave_locked=True)
-        assert outcomes[:40] == [Locked(f"import-{n}") for n in range(1, 41)]
+        stranger.execute("INSERT INTO account (user_id) SELECT unnest(%s::text[])", (imported,))
+        outcomes = ledger.settle(sent(*(accrual(user, 1, "a") for user in [*imported, *others])), leave_locked=True)
+        assert outcomes[: len(imported)] == [Locked(user) for user in imported]
         waiting = [outcome.user_id for outcome in outcomes if isinstance(outcome, Locked)]
-        assert len(waiting) > 40, "one look has no time for all"
+        assert len(waiting) > len(imported), "one poll has no time for all"
         for _ in range(100):
             free = ledger.unlocked(waiting)
             waiting = [user for user in waiting if user not in free]
             if not set(waiting) & set(others):
                 break
-        assert waiting == [f"import-{n}" for n in range(1, 41)]
+        assert waiting == imported
 
 
-def test_a_refusal_that_is_to_be_prompt_is_none_after_standing_in_line(watched, owner, connection, background):
-    """Whoever held the account may have kept its accrual waiting, in another worker."""
+def test_a_contended_batch_leaves_a_short_burn_undecided(watched, owner, connection, background):
+    """The lock holder may have delayed its accrual too, in another worker."""
     owner.execute("INSERT INTO account (user_id) VALUES ('ann')")
     ledger = watched(lock_timeout=PATIENCE)
     prompt = [delivery._replace(if_short=IfShort.REJECT_UNLESS_CONTENDED) for delivery in sent(burn("ann", 5, "b"))]
     with holding(owner, "ann"):
         late = background(ledger.settle, prompt)
-        eventually(lambda: waiting_for(owner, owner), "it stands in line")
+        eventually(lambda: waiting_for(owner, owner), "it waits for the row lock")
         time.sleep(CONTENDED_AFTER_SECONDS)
     assert late.result(PATIENCE) == [Undecided(Decimal(0))]
     assert count(connection, "rejected_event") == 0
     (refused,) = ledger.settle(prompt)
-    assert isinstance(refused, Rejected), "and is one when it had not to wait"
+    assert isinstance(refused, Rejected), "and is rejected when it had not to wait"
 
 
-def test_a_frozen_worker_is_overcome_and_finds_its_way_back(watched, owner, url):
-    """SIGSTOP in mid-batch, with locks in hand: PostgreSQL ends its session (idle_in_transaction_session_timeout,
-    25P03) and the others go on; thawed, it tries again and gets the answers that were given meanwhile.
+def test_a_frozen_worker_loses_its_locks_and_recovers(watched, owner, url):
+    """SIGSTOP in mid-batch, while it holds locks: PostgreSQL ends its session (idle_in_transaction_session_timeout,
+    25P03) and the others go on. When it resumes, it tries again and gets the outcomes decided meanwhile.
     """
     owner.execute("INSERT INTO account (user_id) VALUES ('ann'), ('bob'), ('cid')")
     ledger = watched(lock_timeout=0.1)
@@ -655,8 +656,8 @@ def test_a_frozen_worker_is_overcome_and_finds_its_way_back(watched, owner, url)
     assert_books_balance(owner)
 
 
-def test_a_worker_frozen_in_the_middle_of_a_copy_is_overcome(watched, owner, url):
-    """PostgreSQL waits for the lines of a COPY for ever, whatever its timeouts, and keeps the locks meanwhile."""
+def test_a_worker_frozen_in_the_middle_of_a_copy_loses_its_locks(watched, owner, url):
+    """PostgreSQL waits for the lines of a COPY without a timeout, and keeps the locks meanwhile."""
     owner.execute("INSERT INTO account (user_id) VALUES ('ann'), ('cid')")
     settings = Settings(DATABASE_URL=url, idle_in_transaction_timeout=1, statement_timeout=1, lock_timeout=0.5)
     frozen = connect(url, settings)
@@ -665,12 +666,12 @@ def test_a_worker_frozen_in_the_middle_of_a_copy_is_overcome(watched, owner, url
         frozen.execute("SELECT FROM account WHERE user_id = 'ann' FOR UPDATE")
         frozen.pgconn.send_query(b"COPY accrual_record FROM STDIN")
         [backend] = eventually(lambda: in_copy(owner), "it is in the middle of a COPY")
-        ledger = watched(lock_timeout=0.1, idle_in_transaction_timeout=3)
+        ledger = watched(lock_timeout=0.1, idle_in_transaction_timeout=2)
         with logged() as entries:
             outcomes = ledger.begin(sent(*(accrual(user, 1, "k") for user in ("ann", "cid"))))
             eventually(lambda: count(owner, "transaction_record") == 1, "the account that is free goes first")
-            time.sleep(1.5)  # half of what a session that does nothing is given
-            assert in_copy(owner) == [backend], "who is slow is not frozen yet"
+            time.sleep(1)  # half of idle_in_transaction_timeout
+            assert in_copy(owner) == [backend], "a slow session is not frozen yet"
             assert told(outcomes.result(PATIENCE)) == ["applied #1: 0 → 1"] * 2
         assert in_copy(owner) == []
     finally:
@@ -695,7 +696,7 @@ def test_stop_interrupts_waiting_with_nothing_half_done(watched, owner):
     with a_read_only_database(owner):
         outcomes = ledger.begin(sent(*events(20)))
         report = ledger.next_report()
-        eventually(lambda: ledger.waits >= 6, "it waits for seconds between its tries")
+        eventually(lambda: ledger.waits >= 6, "it waits for seconds between its attempts")
         ledger.stop.set()
         with pytest.raises(Interrupted, match="25006"):
             outcomes.result(PATIENCE)
@@ -733,7 +734,7 @@ def test_a_closed_ledger_opens_again(watched, owner):
     assert [outcome.repeated for outcome in ledger.settle(sent(*events(2)))] == [True, True]
 
 
-def test_a_legacy_row_taken_for_a_stripe_is_said_not_waited_out(watched, owner):
+def test_a_legacy_row_taken_for_a_stripe_is_an_error_and_not_waited_out(watched, owner):
     with pytest.raises(RuntimeError, match="cannot be a stripe"):
         watched(stripe=0).settle(sent(*events(2)))
     assert count(owner, "transaction_record") == 0

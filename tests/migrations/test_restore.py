@@ -1,4 +1,4 @@
-"""An older backup is restored, and all is published again with the same keys: as if nothing had happened."""
+"""An older backup is restored and all events are published again with the same keys: nothing is lost or doubled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HASHES = "SELECT user_id, hash FROM transaction_record UNION ALL SELECT user_id,
 
 @pytest.fixture
 def program(requires_program, database_url):
-    """`program("pg_dump")`: the one that is as old as the server, for an older one cannot read what a newer writes."""
+    """`program("pg_dump")`: of the server's major version, because an older one cannot read a newer server."""
     with psycopg.connect(database_url) as connection:
         major = connection.info.server_version // 10_000
 
@@ -40,7 +40,7 @@ def program(requires_program, database_url):
 
 
 def version(program):
-    """Its major one; None when it is not there."""
+    """The major version; None when there is no such program."""
     if not os.access(program, os.X_OK):
         return None
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
@@ -48,7 +48,7 @@ def version(program):
 
 
 def economy(begin, end):
-    """Events of all users in turn, of which every burn of more than is held is rejected."""
+    """Events of all users in turn; some burns exceed the balance and are rejected."""
     for n in range(begin, end):
         user = USERS[n % len(USERS)]
         if n // len(USERS) % 3 == 0:
@@ -68,7 +68,7 @@ def test_after_an_older_backup_all_that_is_published_again_with_its_keys_counts_
     stage.publisher.publish_all(first)
     eventually(lambda: decided(stage) == len(first))
     with subprocess.Popen([program("pg_dump"), "--format=custom", f"--file={dump}", stage.database_url]) as backup:
-        stage.publisher.publish_all(second)  # which of them it holds, nobody knows
+        stage.publisher.publish_all(second)  # it holds any number of them
         assert backup.wait(60) == 0
     stage.publisher.publish_all(third)
     eventually(lambda: decided(stage) == 630 and stage.in_redis() == 0)

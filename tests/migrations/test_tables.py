@@ -1,4 +1,4 @@
-"""The tables: models and migrated database are the same, and the database itself protects the audit trail."""
+"""The tables: models and migrated database agree, and the database itself protects the audit trail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kit.catalog import catalog
 
 CHANGES = ("UPDATE {} SET user_id = user_id", "DELETE FROM {}", "TRUNCATE {} CASCADE")
 
-#: What a model can say; triggers and their function are said by the migration alone.
+#: What models declare; only migrations create triggers and functions.
 OF_MODELS = ("column", "constraint", "index", "options")
 
 DIFFERENCES = (
@@ -28,14 +28,14 @@ DIFFERENCES = (
     'ALTER TABLE rejected_event ALTER COLUMN idempotency_key TYPE text COLLATE "default"',
     "ALTER TABLE token_flow ALTER COLUMN issued TYPE numeric(38, 18)",
     "ALTER TABLE dead_letter ALTER COLUMN detail DROP NOT NULL",
-    "CREATE INDEX ix_nobody_asked_for ON accrual_record (created_at)",
+    "CREATE INDEX ix_not_declared ON accrual_record (created_at)",
     "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'uq_burned_credit_user_id_sequence'::regclass",
     "ALTER TABLE account RESET (fillfactor)",
 )
 
 
 def declared(url):
-    """What the models declare: made by PostgreSQL in an empty database, so that it writes every CHECK its way."""
+    """The catalog of the models' tables, created in an empty database, so that PostgreSQL prints its CHECKs."""
     engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=pool.NullPool)
     Base.metadata.create_all(engine)
     with psycopg.connect(url) as connection:
@@ -48,7 +48,7 @@ def migrated(connection):
 
 @contextmanager
 def plain_role(connection):
-    """A role that may do everything but own: as whom the connection then speaks."""
+    """Switches the connection to a role with all privileges but ownership."""
     role = f"tokentrail_{secrets.token_hex(6)}"
     connection.execute(f"CREATE ROLE {role}")
     try:
@@ -96,7 +96,7 @@ def test_every_audit_table_and_account_has_its_trigger_and_no_other_table_has(da
 
 
 @pytest.mark.parametrize("table", APPEND_ONLY)
-def test_update_delete_and_truncate_of_an_audit_table_are_refused_to_everyone(table, database_url):
+def test_update_delete_and_truncate_of_an_audit_table_are_refused_to_every_role(table, database_url):
     with psycopg.connect(database_url, autocommit=True) as connection:
         assert connection.execute("SELECT rolsuper FROM pg_roles WHERE rolname = current_user").fetchone() == (True,)
         _refuses(connection, table, CHANGES)
@@ -115,7 +115,7 @@ def test_no_upsert_slips_past_the_trigger(database_url):
         )
 
 
-def test_delete_and_truncate_of_accounts_are_refused_to_everyone_and_update_is_not(database_url):
+def test_delete_and_truncate_of_accounts_are_refused_to_every_role_and_update_is_not(database_url):
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("INSERT INTO account (user_id) VALUES ('ada')")
         _refuses(connection, "account", CHANGES[1:])

@@ -44,7 +44,7 @@ def client(database_url):
 
 @pytest.fixture(scope="module")
 def client_without_database():
-    """For requests that are answered without a look into the database."""
+    """For requests that are answered without the database."""
     with running("postgresql://127.0.0.1:1/nowhere") as client:
         yield client
 

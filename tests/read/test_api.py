@@ -342,8 +342,8 @@ def test_not_ready_with_a_postgresql_that_is_too_old(database_url):
 
 
 def test_api_starts_without_a_database_logs_that_once_and_recovers(database_url, servers):
-    away = urlsplit(database_url)._replace(path="/tokentrail_not_there_yet").geturl()
-    with capture_logs() as logs, running(away) as client:
+    missing = urlsplit(database_url)._replace(path="/tokentrail_not_there_yet").geturl()
+    with capture_logs() as logs, running(missing) as client:
         assert client.get("/healthz").status_code == 200
         for path in ("/readyz", f"{HISTORY}?userId=u", "/readyz"):
             answer = client.get(path)
@@ -351,12 +351,12 @@ def test_api_starts_without_a_database_logs_that_once_and_recovers(database_url,
             assert int(answer.headers["retry-after"]) > 0
         unavailable, available = "database not available, answering 503 until it is", "database available again"
         assert [line["event"] for line in logs] == [unavailable]
-        assert 'database "tokentrail_not_there_yet" does not exist' in logs[0]["reason"], "what the server said"
+        assert 'database "tokentrail_not_there_yet" does not exist' in logs[0]["reason"], "the server's own reason"
 
         with psycopg.connect(servers.database_url, autocommit=True) as connection:
             connection.execute("CREATE DATABASE tokentrail_not_there_yet")
             try:
-                migrate(away)
+                migrate(missing)
                 eventually(lambda: client.get("/readyz").status_code == 200)
                 assert client.get(f"{HISTORY}?userId=u").status_code == 200
                 assert [line["event"] for line in logs] == [unavailable, available]
@@ -475,8 +475,8 @@ def test_api_is_asked_by_address_or_by_a_name_of_its_own(client_without_database
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/openapi.json", f"{HISTORY}?userId=u", "/nowhere"])
 def test_api_answers_no_page_whose_name_is_made_to_point_here(client_without_database, host, path):
     answer = client_without_database.get(path, headers={"Host": host})
-    found = assert_problem(client_without_database, answer, 421)
-    assert "TOKENTRAIL_ALLOWED_HOSTS" in found["detail"]
+    problem = assert_problem(client_without_database, answer, 421)
+    assert "TOKENTRAIL_ALLOWED_HOSTS" in problem["detail"]
 
 
 def test_api_is_asked_by_the_names_that_the_setting_lists_and_the_one_it_listens_on(database_url, monkeypatch):

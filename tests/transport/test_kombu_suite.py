@@ -107,7 +107,7 @@ SHARDS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def suite(tmp_path_factory) -> Path:
     """The unpacked tests of the kombu that is installed."""
     release = version("kombu")
@@ -145,7 +145,7 @@ def run(suite: Path, arguments: list[str], broker: Broker) -> subprocess.Complet
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(suite, tmp_path_factory):
     folder = tmp_path_factory.mktemp("brokers")
     with ThreadPoolExecutor(len(SHARDS)) as pool:

@@ -1,4 +1,4 @@
-"""The canonical form of what is recorded, and the hash that chains each record to the one before.
+"""The canonical form of records and rejections, and the hash that chains each to its predecessor.
 
 Version 1. Every field is its length in bytes, a colon and its text (`~` alone for NULL), in a fixed order, and the
 whole is UTF-8: no two different records share a form. Numbers have exactly 18 decimals, times are microseconds since
@@ -25,7 +25,7 @@ _NULL: Final = "~"
 
 
 def payload_hash(event: Event) -> bytes:
-    """sha256 over the content of an event: what must be the same whenever its key is used again.
+    """sha256 over the content of an event, which must be the same whenever its key is used again.
 
     An absent field is left out, so that a field added later changes no hash of events without it.
     """

@@ -234,7 +234,7 @@ def count_purgeable(connection: Connection[Any], age: timedelta) -> tuple[int, i
 def purge(connection: Connection[Any], age: timedelta) -> Iterator[int]:
     """Remove the bodies of dead letters last seen longer ago than `age`, in batches; yields the size of each batch.
 
-    Reason, event, user, key, and what operators did stay for ever. The body of an open dead letter without an event
+    Reason, event, user, key, and what operators did are never removed. The body of an open dead letter without an event
     stays too: it is the only trace of a message that has no outcome.
     """
     last_id = 0

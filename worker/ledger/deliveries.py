@@ -1,4 +1,4 @@
-"""What goes into the ledger: one arrival of an event, and the message it came in."""
+"""The input of the ledger: deliveries of events, and the messages they came in."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .chain import payload_hash
 
 
 class IfShort(Enum):
-    """What becomes of a burn whose account holds too little."""
+    """What to do with a burn whose account holds too little."""
 
-    WAIT = "wait"  # undecided, nothing is written: its accrual may still be on its way
+    WAIT = "wait"  # undecided, nothing is written: its accrual may still arrive
     REJECT_UNLESS_CONTENDED = "reject unless contended"  # undecided if the batch waited for row locks, else rejected
     REJECT = "reject"
 
 
 class Origin(NamedTuple):
-    """The message a delivery came in: what a dead letter keeps of it."""
+    """The message that a delivery came in, as a dead letter stores it."""
 
     task: str | None = None
     message_id: str | None = None
     body: bytes = b""
     headers: Mapping[str, Any] | None = None
     event_index: int | None = None  # place in a bulk message
-    replay_of: int | None = None  # the dead letter it says it is a replay of: a hint, for anyone can say so
+    replay_of: int | None = None  # the dead letter that the message claims to replay; any producer can claim it
 
     def at(self, index: int) -> Origin:
         """The same message, at its event `index`."""
@@ -43,7 +43,7 @@ class Delivery(NamedTuple):
     payload_hash: bytes
     origin: Origin
     if_short: IfShort
-    #: Reason and sentence of the dead letter it becomes, unless it was decided by an earlier delivery.
+    #: Reason and sentence of the dead letter to write, unless an earlier delivery of the event was decided.
     refusal: tuple[DeadLetterReason, str] | None = None
 
     @classmethod

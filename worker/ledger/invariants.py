@@ -1,8 +1,8 @@
-"""What must always be true: a sentence, and a query for the rows that break it. The tests and
-the benchmarks ask them all; docs/concepts.md shows how anyone does.
+"""What must always be true: a sentence, and a query for the rows that break it. Tests and benchmarks run all of them;
+docs/concepts.md shows how to run them from a shell.
 
-Plain SQL on purpose: what proves the ledger shares nothing with the code that writes it, but for the two forms of
-`chain.py`, and each query can be pasted into psql. Each reads whole tables; none takes a lock.
+Plain SQL on purpose: the proof shares no code with the ledger that it checks, except for the forms in `chain.py`, and
+each query can be pasted into psql. Each reads whole tables; none takes a lock.
 """
 
 # ruff: noqa: S608 - the queries are put together from constants alone
@@ -40,12 +40,12 @@ INVARIANTS: Final[Mapping[str, str]] = {
         WHERE sequence IS DISTINCT FROM coalesce(records, 0) OR first <> 1 OR last <> records
     """,
     "an account's rejections are numbered 1, 2, 3 … without a gap, and counted": """
-        SELECT user_id, rejections, found, first, last
+        SELECT user_id, rejections, rows, first, last
         FROM account FULL JOIN (
-            SELECT user_id, count(*) AS found, min(number) AS first, max(number) AS last
+            SELECT user_id, count(*) AS rows, min(number) AS first, max(number) AS last
             FROM rejected_event GROUP BY user_id
         ) r USING (user_id)
-        WHERE rejections IS DISTINCT FROM coalesce(found, 0) OR first <> 1 OR last <> found
+        WHERE rejections IS DISTINCT FROM coalesce(rows, 0) OR first <> 1 OR last <> rows
     """,
     "a record begins with the balance its predecessor ended with, the first one with the opening balance": """
         SELECT user_id, r.sequence, balance_before, expected
@@ -221,13 +221,13 @@ class Broken(NamedTuple):
 
 
 def check(connection: Connection[Any], limit: int = 10) -> list[Broken]:
-    """The invariants that do not hold, each with at most `limit` rows; all are asked of one moment.
+    """The invariants that do not hold, each with at most `limit` rows, all in one snapshot.
 
     The connection must be in no transaction, or in one that is REPEATABLE READ. Writers may go on meanwhile.
     """
     with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        # Whole tables are read here: what keeps the ledger's own statements quick would make these endless.
+        # These queries read whole tables; the settings of the ledger's sessions would make them very slow.
         for name in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin"):
             cursor.execute(f"SET LOCAL {name} = on".encode())
         cursor.execute("SET LOCAL statement_timeout = 0")

@@ -1,4 +1,4 @@
-"""The answers that an event can get: each reads as one short line, as Flower shows it."""
+"""The outcomes of a delivery. `str()` of each is the short line that Flower shows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Applied(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """The event was refused for good; it is rejection `number` of its account."""
+    """The event was rejected for good, as rejection `number` of its account."""
 
     number: int
     reason: Reason
@@ -43,7 +43,7 @@ class Rejected(NamedTuple):
 
 
 class Undecided(NamedTuple):
-    """The burn met too small a balance, and its caller wants to try again. Nothing was written."""
+    """The balance was too small, and the burn may be tried again (IfShort). Nothing was written."""
 
     balance: Decimal
 
@@ -52,16 +52,16 @@ class Undecided(NamedTuple):
 
 
 class Locked(NamedTuple):
-    """Somebody else keeps the account locked, and the caller wants to go on without it. Nothing was written."""
+    """Another session holds the account's row lock, and the event was left for later. Nothing was written."""
 
     user_id: str
 
     def __str__(self) -> str:
-        return f"locked: {self.user_id} is in another session's hands"
+        return f"locked: {self.user_id} another session holds its row lock"
 
 
 class DeadLettered(NamedTuple):
-    """The message has no outcome; it is kept whole among the dead letters."""
+    """The event has no outcome; its message is stored as a dead letter."""
 
     reason: str
     detail: str

@@ -7,26 +7,26 @@ from decimal import Context, Decimal, Inexact, InvalidOperation
 from enum import StrEnum
 from typing import Final
 
-#: All money arithmetic. The ambient context keeps 28 digits, rounds silently, and is another one in each
-#: thread; balances have up to 38 digits and their sums more.
+#: The context of all money arithmetic. Python's default context keeps 28 digits, rounds silently, and differs between
+#: threads; balances have up to 38 digits and their sums more.
 MONEY: Final = Context(prec=60, traps=[Inexact, InvalidOperation])
 
 #: A balance has at most 20 digits before the point: what NUMERIC(38,18) holds.
 BALANCE_LIMIT: Final = Decimal(10) ** 20
 
-#: How far ahead of our clock a producer's may be.
+#: How far a producer's clock may be ahead of PostgreSQL's.
 CLOCK_TOLERANCE: Final = timedelta(days=1)
 
 
 class Reason(StrEnum):
-    """Why an event is refused for good, in order of precedence."""
+    """Why an event is rejected, in order of precedence."""
 
     INSUFFICIENT_TOKENS = "insufficient_tokens"  # the account holds less than the burn asks for
     BALANCE_LIMIT = "balance_limit"  # the balance would pass 20 digits
 
 
 def decide(kind: str, amount: Decimal, balance: Decimal) -> Decimal | Reason:
-    """The balance after an event of `amount` on `balance`, or the reason why it may not happen."""
+    """The balance after an event of `amount` on `balance`, or the reason to reject the event."""
     if kind == "burn":
         return MONEY.subtract(balance, amount) if amount <= balance else Reason.INSUFFICIENT_TOKENS
     after = MONEY.add(balance, amount)
@@ -34,5 +34,5 @@ def decide(kind: str, amount: Decimal, balance: Decimal) -> Decimal | Reason:
 
 
 def too_far_ahead(occurred_at: datetime | None, now: datetime) -> bool:
-    """Whether an event claims a moment that no tolerable clock has reached. Asked at its first decision only."""
+    """Whether an event claims a time further ahead than CLOCK_TOLERANCE. Checked at its first decision only."""
     return occurred_at is not None and occurred_at > now + CLOCK_TOLERANCE

@@ -100,7 +100,7 @@ def look_up(cursor: Cursor[Any], deliveries: Sequence[Delivery]) -> tuple[dict[K
         },
     )
     rows = cursor.fetchall()  # at least one, with the clock
-    found: dict[Key, Earlier] = {}
+    decided: dict[Key, Earlier] = {}
     for _, user_id, key, payload_hash, number, reason, balance, balance_after, amount in rows:
         if user_id is not None:
             decision: Decision = (
@@ -108,8 +108,8 @@ def look_up(cursor: Cursor[Any], deliveries: Sequence[Delivery]) -> tuple[dict[K
                 if reason is None
                 else Rejected(number, Reason(reason), balance, amount, repeated=True)
             )
-            found[user_id, key] = Earlier(payload_hash, decision)
-    return found, rows[0][0]
+            decided[user_id, key] = Earlier(payload_hash, decision)
+    return decided, rows[0][0]
 
 
 def contents(cursor: Cursor[Any], keys: Iterable[Key]) -> dict[Key, Content]:
