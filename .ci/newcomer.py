@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""From `git clone` to the first history on the screen, as somebody meets us who has never heard of us.
+"""Measure the time from `git clone` to the first history on the screen, for a new user.
 
-An ordinary user, a folder with a space in its name, an empty pip cache, nothing of ours in the environment, and nobody
-to answer a question. What is cloned is what is committed. Prints how many seconds it took; leaves nothing running.
+An ordinary user, a folder with a space in its name, an empty pip cache, an empty environment and no terminal. Clones
+what is committed. Prints the seconds; exits with 1 if something is left running.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NOBODY = 65_534
 
-#: Seconds in which README says it is done.
-SAID = 120
-#: Seconds after which something hangs.
-PATIENCE = 900
-#: make hands Ctrl-C on as it got it; where the signal is ignored, as after nohup, `tokentrail up` ends with 0 for it.
-ENDED_BY_CTRL_C = (0, -signal.SIGINT)
+#: Seconds that README promises.
+PROMISED_SECONDS = 120
+#: Seconds after which it counts as hanging.
+MAX_SECONDS = 900
+#: make ends by the signal; where SIGINT is ignored, as under nohup, `tokentrail up` handles it and exits with 0.
+EXIT_CODES = (0, -signal.SIGINT)
 
 
 def main() -> int:
@@ -55,44 +55,44 @@ def main() -> int:
                 **user,
             )
         try:
-            shown(log, running, "History of ", began)
+            wait_for(log, running, "History of ", began)
             seconds = time.monotonic() - began
-            shown(log, running, "tokentrail is running", began)
-            look_at_its_pages(log.read_text())
+            wait_for(log, running, "tokentrail is running", began)
+            open_pages(log.read_text())
         finally:
-            code = stopped(running)
-        left = that_name(folder)
+            code = stop(running)
+        left = processes_of(folder)
         print(log.read_text())
         python = re.search(r"Making \.venv with (Python \S+)", log.read_text())
         print(f"From git clone to the first history: {seconds:.0f} s, with {python[1] if python else 'a Python'}.")
-        if seconds > SAID:
-            print(f"README says {SAID} s.")
-        if code not in ENDED_BY_CTRL_C:
+        if seconds > PROMISED_SECONDS:
+            print(f"README says {PROMISED_SECONDS} s.")
+        if code not in EXIT_CODES:
             print(f"make run ended with {code} after Ctrl-C.")
         if left:
             print(f"Still running: {left}")
-        return 1 if code not in ENDED_BY_CTRL_C or left else 0
+        return 1 if code not in EXIT_CODES or left else 0
 
 
-def shown(log: Path, running: subprocess.Popen[bytes], words: str, began: float) -> None:
-    while words not in (said := log.read_text()):
-        if running.poll() is not None or time.monotonic() > began + PATIENCE:
-            sys.exit(f"{said}\n{words!r} was never shown; make run ended with {running.poll()}.")
+def wait_for(log: Path, running: subprocess.Popen[bytes], text: str, began: float) -> None:
+    while text not in (output := log.read_text()):
+        if running.poll() is not None or time.monotonic() > began + MAX_SECONDS:
+            sys.exit(f"{output}\n{text!r} was not printed; make run ended with {running.poll()}.")
         time.sleep(0.05)
 
 
-def look_at_its_pages(said: str) -> None:
-    """Those that it says it has. Raises unless each answers 200."""
-    addresses = re.findall(r"^ +(?:history|API|Flower) +(http\S+)$", said, re.MULTILINE)
-    assert len(addresses) == len(("history", "API", "Flower")), said
+def open_pages(output: str) -> None:
+    """Open the printed URLs. Raises unless each answers 200."""
+    addresses = re.findall(r"^ +(?:history|API|Flower) +(http\S+)$", output, re.MULTILINE)
+    assert len(addresses) == len(("history", "API", "Flower")), output
     local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for address in addresses:
         with local.open(address, timeout=30) as answer:
             answer.read()
 
 
-def stopped(running: subprocess.Popen[bytes]) -> int:
-    """As Ctrl-C does it, and what make exited with."""
+def stop(running: subprocess.Popen[bytes]) -> int:
+    """Stop it as Ctrl-C does; returns the exit code of make."""
     if running.poll() is None:
         os.killpg(running.pid, signal.SIGINT)
     try:
@@ -103,8 +103,8 @@ def stopped(running: subprocess.Popen[bytes]) -> int:
             running.wait()
 
 
-def that_name(folder: Path) -> list[str]:
-    """The processes that are left of what we started: of a program or data in the folder, whatever their session."""
+def processes_of(folder: Path) -> list[str]:
+    """The processes whose program or data is in the folder."""
     listed = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
     return [line for line in listed.splitlines() if str(folder) in line]
 

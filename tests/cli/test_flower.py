@@ -1,4 +1,4 @@
-"""Flower itself, through its API and in a browser: each single event with its arguments, SUCCESS and result."""
+"""Flower, through its API and in a browser: every event with its arguments and result; no access for other sites."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Flower:
             return False
 
     def answer(self, path: str, method: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, Any, str]:
-        """Status, headers, text."""
+        """Send a request; returns status, headers and text of the answer."""
         request = Request(self.url + path, body, headers, method=method)
         try:
             with urlopen(request, timeout=10) as answer:
@@ -124,7 +124,7 @@ def test_flower_shows_each_event_with_arguments_success_and_result_and_nothing_s
         ({}, ["Name", "State", "kwargs", "Result", "Received", "Runtime", "Worker", "UUID"]),
         ({"FLOWER_TASKS_COLUMNS": "name,retries"}, ["Name", "Retries"]),
     ],
-    ids=["by itself", "as an operator wants it"],
+    ids=["by itself", "as configured"],
 )
 def test_flower_listens_on_loopback_and_lists_what_became_of_each_task(broker_url, variables, columns):
     flower = Flower(broker_url, **variables)
@@ -142,15 +142,15 @@ CREDENTIALS = {"Authorization": f"Basic {base64.b64encode(PASSWORD.encode()).dec
 
 
 @pytest.fixture(params=[{}, {"FLOWER_BASIC_AUTH": PASSWORD}], ids=["without a password", "with one"])
-def asked(request, broker_url) -> Iterator[tuple[Flower, dict[str, str]]]:
-    """A Flower whose API is open to who asks with these headers."""
+def protected(request, broker_url) -> Iterator[tuple[Flower, dict[str, str]]]:
+    """A Flower, and the headers with which its API accepts requests."""
     flower = Flower(broker_url, TOKENTRAIL_ALLOWED_HOSTS="flower, flower.example", **request.param)
     yield flower, CREDENTIALS if request.param else {}
     flower.close()
 
 
-def test_flower_is_asked_by_address_or_by_a_name_of_its_own(asked):
-    flower, credentials = asked
+def test_flower_answers_to_ip_addresses_and_its_own_host_names_only(protected):
+    flower, credentials = protected
     accepted = (
         "127.0.0.1",
         "[::1]:5555",
@@ -187,8 +187,8 @@ def test_flower_is_asked_by_address_or_by_a_name_of_its_own(asked):
         ({"Sec-Fetch-Site": "same-site"}, 403),
     ],
 )
-def test_flower_changes_nothing_for_a_page_of_another_site(asked, broker_url, headers, status):
-    flower, credentials = asked
+def test_flower_changes_nothing_for_a_page_of_another_site(protected, broker_url, headers, status):
+    flower, credentials = protected
     headers = {name: value.format(url=flower.url) for name, value in headers.items()}
     for method, path in (("POST", SEND), ("POST", "/api/worker/shutdown/w"), ("PUT", SEND), ("OPTIONS", SEND)):
         found, said, _ = flower.answer(path, method, MINT.encode(), credentials | headers)
@@ -202,7 +202,7 @@ def test_flower_changes_nothing_for_a_page_of_another_site(asked, broker_url, he
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
     assert status == 200 or flower.answer("/", "GET", None, credentials | headers | upgrade)[0] == 403
     status, said, _ = flower.answer("/", "GET", None, credentials | headers)
-    assert status == 200, "a link leads there"
+    assert status == 200, "links from other sites work"
     assert said["X-Frame-Options"] == "DENY"
     assert not [name for name in said if name.startswith("Access-Control")]
 
@@ -238,13 +238,13 @@ class Site(BaseHTTPRequestHandler):
         self.wfile.write(self.page)
 
     def log_message(self, *_: Any) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
 
-def test_page_of_another_site_neither_reads_flower_nor_has_tasks_sent(asked, broker_url, requires_program):
-    """In a browser whose user has just looked at Flower, with the password if it has one."""
+def test_a_page_of_another_site_can_neither_read_flower_nor_send_tasks(protected, broker_url, requires_program):
+    """In a browser that has just shown Flower, and knows its password if there is one."""
     chromium = requires_program("chromium")
-    flower, credentials = asked
+    flower, credentials = protected
     page = PAGE.replace("FLOWER", flower.url).replace("SEND", SEND).replace("MINT", MINT)
     site = ThreadingHTTPServer(("127.0.0.1", 0), type("Evil", (Site,), {"page": page.encode()}))
     threading.Thread(target=site.serve_forever).start()
@@ -264,10 +264,10 @@ def test_page_of_another_site_neither_reads_flower_nor_has_tasks_sent(asked, bro
                 assert tab.evaluate("window.read") == []
                 assert broker.llen("tokens") == 0
 
-            # The same name as its own page's, once that points here.
+            # DNS rebinding: the page's own name points to Flower.
             assert tab.goto(f"http://evil.example:{port}/tasks").status == 421
 
-            # Flower's own page may: so that it is not something else that kept the other from it.
+            # The counter-proof: Flower's own page can send the task.
             tab.goto(f"{flower.url}/tasks")
             sent = "([path, body]) => fetch(path, {method: 'POST', body}).then(answer => answer.status)"
             assert tab.evaluate(sent, [SEND, MINT]) == 200

