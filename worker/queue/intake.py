@@ -16,6 +16,7 @@ from schema.messages import APPLY_MANY, MAX_BODY_BYTES, REPLAY_HEADER, RESTORES_
 from schema.text import ascii_line
 from worker.config import Settings
 from worker.ledger.deliveries import IfShort, Origin
+from worker.ledger.outcomes import DeadLettered, Outcome
 from worker.queue.in_flight import InFlight, Part
 from worker.queue.parsing import Parsed, UnreadableError, check_readable, letter_for, parse_call, read_body, refusal_of
 
@@ -142,9 +143,12 @@ class Intake:
     def _part(self, message: Message, headers: dict[str, Any], parsed: Parsed, body_size: int, *, bulk: bool) -> Part:
         # The transport's size counts headers too: a batch with all its headers must fit into one statement.
         size = max(body_size, getattr(message, "size", 0))
-        in_flight = InFlight(message, next(self._numbers), size, parsed.deliveries, parsed.letters, bulk=bulk)
-        in_flight.task = _text(headers.get("task")) or "unknown"
-        in_flight.task_id = _text(headers.get("id")) or str(message.delivery_tag)
+        task = _text(headers.get("task")) or "unknown"
+        task_id = _text(headers.get("id")) or str(message.delivery_tag)
+        outcomes: list[Outcome | None] = [None] * (len(parsed.deliveries) + len(parsed.letters))
+        for letter in parsed.letters:
+            outcomes[letter.origin.event_index or 0] = DeadLettered(letter.reason, letter.detail)
+        in_flight = InFlight(message, next(self._numbers), size, task, task_id, bulk, parsed.letters, outcomes)
         return Part(in_flight, parsed.deliveries)
 
     def _origin(self, message: Message, headers: dict[str, Any], body: bytes) -> Origin:
