@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """From `git clone` to the first history on the screen, as somebody meets us who has never heard of us.
 
-An ordinary user, a folder with a space in its name, an empty pip cache, nothing of ours in the environment, and nobody
+An ordinary user, a folder with a space in its name, an empty pip cache, no variable of tokentrail, and nobody
 to answer a question. What is cloned is what is committed. Prints how many seconds it took; leaves nothing running.
 """
 

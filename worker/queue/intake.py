@@ -48,7 +48,7 @@ class Intake:
 
     def attach(self, app: Celery, connection_errors: tuple[type[Exception], ...], events: Any) -> None:
         """Use a new connection; `events` is Celery's dispatcher of task events, or None."""
-        # Attributes of our own, because Celery computes each anew at every access.
+        # Attributes of our own, because Celery computes each again at every access.
         self._app, self._tasks, self._connection_errors = app, app.tasks, connection_errors
         self._events = events
         if events:
@@ -86,7 +86,7 @@ class Intake:
             )
         except UnreadableError as error:
             return self._unreadable(message, headers, body, call, error)
-        except Exception as error:  # a bug of ours that this message triggers must not end the worker
+        except Exception as error:  # a bug of tokentrail that this message triggers must not end the worker
             log.exception("could not read a message", reason=repr(error)[:300])
             detail = f"Reading it failed: {type(error).__name__}: {ascii_line(str(error), 200)}."
             return self._unreadable(message, headers, body, None, UnreadableError("internal_error", detail))
