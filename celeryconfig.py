@@ -14,7 +14,7 @@ task_acks_on_timeout = False
 task_ignore_result = True
 # kombu publishes to the default queue through exchange '', which needs no binding that a flush of Redis could lose.
 task_default_queue = "tokens"
-# Pickle and YAML are never loaded, whoever sends them.
+# Pickle and YAML are never loaded, from any sender.
 accept_content = ["json"]
 task_serializer = "json"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the time from `git clone` to the first history on the screen, for a new user.
 
-An ordinary user, a folder with a space in its name, an empty pip cache, an empty environment and no terminal. Clones
+An ordinary user, a folder with a space in its name, an empty pip cache, no variables of tokentrail, no terminal. Clones
 what is committed. Prints the seconds; exits with 1 if something is left running.
 """
 

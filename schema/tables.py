@@ -244,7 +244,7 @@ class DeadLetter(Base):
     event_index: Mapped[int | None] = mapped_column(Integer)  # place in tokens.apply_many; NULL: the whole message
     user_id: Mapped[str | None] = mapped_column(Key)
     idempotency_key: Mapped[str | None] = mapped_column(Key)
-    event: Mapped[Any | None] = mapped_column(JSON(none_as_null=True))  # where the message parses
+    event: Mapped[Any | None] = mapped_column(JSON(none_as_null=True))  # if the message can be parsed
     headers: Mapped[Any | None] = mapped_column(JSON(none_as_null=True))
     body: Mapped[bytes | None]  # the original bytes; NULL once purged
     first_seen_at: Mapped[datetime]
@@ -280,7 +280,7 @@ class GlobalTokenBalance(Base):
 
 
 class TokenFlow(Base):
-    """What one stripe issued and burned in one UTC hour, by `created_at`."""
+    """Tokens that one stripe issued and burned in one UTC hour, by `created_at`."""
 
     __tablename__ = "token_flow"
     __table_args__ = (PrimaryKeyConstraint("hour", "stripe"),)

@@ -82,7 +82,7 @@ def _collect_garbage_rarely(**_: Any) -> None:
 
 @setup_logging.connect
 def _configure_logging(**_: Any) -> None:
-    """Give Celery's log lines the format of ours."""
+    """Give Celery's log lines tokentrail's format."""
     log.set_up(settings)
 
 

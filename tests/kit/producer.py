@@ -1,4 +1,4 @@
-"""A Python project that is not this one: it has installed the client's wheel, and finds nothing else of ours."""
+"""Another Python project: it has installed the client's wheel, and cannot import this repository."""
 
 from __future__ import annotations
 

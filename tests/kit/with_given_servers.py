@@ -1,7 +1,7 @@
 """Run a command with DATABASE_URL and BROKER_URL of servers that it did not start: `with_given_servers.py pytest …`.
 
 The servers are those that TOKENTRAIL_PG_BIN and TOKENTRAIL_VALKEY_SERVER name, so that the suite meets Debian's as a
-user's own: nothing of them is embedded for whoever runs inside.
+user's own: the command finds no embedded server.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Each invariant can fail: whoever changes one thing behind the ledger's back breaks exactly the sentence about it."""
+"""Each invariant can fail: a change outside the ledger breaks exactly the invariant about it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def two_users(connection):
     """Two users with three records and two rejections each, over three hours, and an old account without any."""
     connection.execute(
         "INSERT INTO account (user_id, balance) VALUES ('ann', 5), ('old', 7);"
-        "INSERT INTO burned_credit (user_id, amount, action) VALUES ('ann', 3, 'before the trail')"
+        "INSERT INTO burned_credit (user_id, amount, action) VALUES ('ann', 3, 'legacy')"
     )
     for user in ("ann", "bob"):
         steps = [
@@ -150,7 +150,7 @@ PLAIN = {
     "ALTER TABLE burned_credit ENABLE REPLICA TRIGGER append_only": {GUARDED},
 }
 
-#: The same by a forger who makes the chains anew afterwards.
+#: The same by a forger who also recomputes the chains.
 CHAINED = {
     "UPDATE transaction_record SET balance_before = balance_before + 1, balance_after = balance_after + 1"
     " WHERE (user_id, sequence) = ('ann', 1)": {BEGINS},
@@ -177,7 +177,7 @@ def test_what_is_changed_behind_the_ledgers_back_breaks_the_sentence_about_it(bo
 
 
 @pytest.mark.parametrize(("statement", "sentences"), CHAINED.items())
-def test_a_forger_who_makes_the_chains_anew_is_found_out_all_the_same(books, statement, sentences):
+def test_a_forger_who_recomputes_the_chains_is_found_too(books, statement, sentences):
     forge(books, *statement.split(";"), chain_again=True)
     assert broken(books) == sentences
 

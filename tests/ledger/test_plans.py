@@ -12,7 +12,7 @@ from .support import as_forger, sent, settings_for
 
 TABLES = ("transaction_record", "rejected_event", "burned_credit", "account")
 
-#: Table → how a row is found, whoever asks: by a whole key.
+#: Table → its key: every statement finds rows by the whole key.
 BY_KEY = (
     "Index Scan using uq_transaction_record_user_id_idempotency_key on transaction_record t ",
     "Index Scan using uq_rejected_event_user_id_idempotency_key on rejected_event r ",

@@ -392,7 +392,7 @@ def test_the_events_that_the_database_refuses_stand_alone_among_the_dead_letters
     assert_books_balance(owner)
 
 
-def test_a_culprit_is_applied_when_it_comes_again_after_the_mistake_is_mended(watched, owner):
+def test_a_culprit_is_applied_when_it_arrives_again_after_the_fix(watched, owner):
     ledger = watched()
     with check_of_metadata(f"{N} <> 7")(owner):
         ledger.settle(sent(*events(20)))
@@ -434,7 +434,7 @@ def test_more_than_ten_culprits_look_like_a_bug_and_none_of_them_is_dead_lettere
         assert ledger.attempts <= 2 + (MAX_CULPRITS + 1) * 2 * 9
     assert_books_balance(owner)
 
-    outcomes = ledger.settle(sent(*events()))  # delivered again, the mistake mended
+    outcomes = ledger.settle(sent(*events()))  # delivered again, after the fix
     assert all(isinstance(outcome, Applied) for outcome in outcomes)
     assert count(owner, "transaction_record") == BATCH
     assert_books_balance(owner)

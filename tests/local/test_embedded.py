@@ -405,7 +405,7 @@ def test_a_test_starts_without_settings_from_outside(given):
 
 
 def test_tests_refuse_a_given_redis_that_holds_something_and_leave_an_empty_one_empty(tmp_path):
-    """Whoever worked on a live system in this shell has its address in the environment."""
+    """A shell that was used with a live system has its address in the environment."""
     root = ROOT
     fills = tmp_path / "test_fills.py"
     fills.write_text("def test_fills(broker_url):\n    import redis; redis.Redis.from_url(broker_url).set('ours', 1)\n")

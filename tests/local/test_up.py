@@ -185,7 +185,7 @@ class Answering(BaseHTTPRequestHandler):
 
 @pytest.mark.usefixtures("own_servers")
 def test_a_service_whose_port_is_taken_meanwhile_moves_to_the_next(tokentrail, tmp_path, monkeypatch):
-    """As by another `up` that is started at the same moment: its answers are no answers of ours."""
+    """As by another `up` that is started at the same moment: its answers are not those of this one."""
     port = free_port()
     monkeypatch.setenv("TOKENTRAIL_FLOWER_PORT", str(port))
     up = tokentrail("up")

@@ -88,7 +88,7 @@ class InProcessWorker:
         with suppress(TimeoutError):
             self.connection.drain_events(timeout=0.01)
         if select.select([self.batcher.wakeup], [], [], 0)[0]:
-            self.batcher.on_wakeup()
+            self.batcher.advance()
 
     def turns(self, count: int = 20) -> None:
         """So many turns as any fetch takes that is on its way."""

@@ -240,42 +240,6 @@ def test_dead_lettered_key_freezes_nothing(shared_stage, letters, user):
     eventually(lambda: shared_stage.balance(user) == 1)
 
 
-@pytest.mark.parametrize(
-    ("headers", "reasons"),  # by protocol; None: it is applied
-    [
-        ({"id": []}, (None, "undecodable")),
-        ({"id": {"a": 1}}, (None, "undecodable")),
-        ({"task": ["tokens.accrue"]}, ("unknown_task", "undecodable")),
-        ({"expires": {}}, ("expired", "expired")),
-        ({"eta": []}, ("scheduled", "scheduled")),
-        ({"kwargsrepr": {"a": [1]}, "argsrepr": 5, "retries": "many", "timelimit": "long", "root_id": 7}, (None, None)),
-        ({"tokentrail_dead_letter": "1", "group": {}}, (None, None)),
-        ({"tokentrail_dead_letter": 10**30}, (None, None)),
-        ({"tokentrail_dead_letter": -1}, (None, None)),
-        ({"tokentrail_restores": "x", "tokentrail_deaths": [], "compression": []}, (None, None)),
-        ({"task": "\ud800", "id": "\x00"}, ("unknown_task", "unknown_task")),
-    ],
-)
-@pytest.mark.parametrize("protocol", [1, 2])
-def test_hostile_headers_get_the_event_its_outcome_or_a_dead_letter(
-    shared_stage, letters, user, headers, reasons, protocol
-):
-    if protocol == 1:
-        fields = FIELDS | {"user_id": user}
-        inner = {"task": "tokens.accrue", "id": str(uuid4()), "args": [], "kwargs": fields} | headers
-        raw = json.dumps(json.loads(call(user, body=json.dumps(inner))[0]) | {"headers": {}}).encode()
-    else:
-        raw, _ = call(user, headers=headers)
-    letters.push(raw)
-    query = """
-        SELECT NULL FROM transaction_record WHERE user_id = %s
-        UNION ALL SELECT reason FROM dead_letter WHERE user_id = %s OR body = %s
-    """
-    assert eventually(lambda: shared_stage.rows(query, user, user, raw)) == [(reasons[protocol - 1],)]
-    eventually(lambda: shared_stage.in_redis() == 0)
-    assert shared_stage.workers[0].alive
-
-
 def test_replay_header_is_believed_only_of_the_very_same_event(shared_stage, letters, user):
     first, first_id = call(user, kwargs={"amount": "-1"})
     letters.one(first, first_id)

@@ -169,7 +169,7 @@ def test_kombu_still_looks_up_transports_where_we_register_ours():
     ],
 )
 def test_no_name_that_we_add_is_one_of_kombus(theirs, ours):
-    """A method of ours with the name of an attribute of kombu's would break it silently."""
+    """A method with the name of one of kombu's attributes would break it silently."""
     meant = {"QoS", "from_transport_options", "Channel", "brpop_timeout"}
     meant |= {name for methods in METHODS.values() for name in methods}
     nodes = ast.walk(ast.parse(inspect.getsource(ours)))

@@ -87,7 +87,7 @@ NOT_APPLICABLE = {
         "test_RedisRestoreBindingLookupFailure::test_failed_requeue_keeps_message_unacked",
         "test_RedisRestoreBindingLookupFailure::test_failed_restore_visible_keeps_message_unacked",
     ],
-    "an idle channel of ours polls its lists forty times a second, and gets a timeout from a silent connection, which "
+    "an idle channel polls its lists forty times a second, and gets a timeout from a silent connection, which "
     "kombu notices 26 seconds later": [
         "test_RedisBrpopHealthCheck::test_half_open_connection_dropped_and_consumption_resumes",
         "test_RedisBrpopHealthCheck::test_half_open_connection_dropped_by_drain_events",

@@ -53,9 +53,6 @@ COMMANDS: Final = {
 class LazyGroup(TyperGroup):
     """Lists COMMANDS without importing them; resolves the one that is run to the real command."""
 
-    def list_commands(self, ctx: Context) -> list[str]:  # noqa: ARG002 - typer's signature
-        return list(COMMANDS)
-
     def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         return name, None if name is None or command is None else load(name), rest

@@ -226,7 +226,7 @@ def _age(text: str) -> timedelta | None:
 
 
 def _operator(by: str | None) -> str:
-    """The name of whoever runs the command: --by, or user@machine."""
+    """The operator's name: --by, or user@machine."""
     if by is not None:
         if not by.strip():
             raise UsageError("--by must not be empty.")

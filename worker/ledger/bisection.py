@@ -75,7 +75,7 @@ class Bisection:
             middle = len(letters) // 2
             return self._settle([], letters[:middle]) + self._settle([], letters[middle:])
         if not deliveries:
-            # The letter itself cannot be written: a bug of ours, and the message must not be lost over it.
+            # The letter itself cannot be written: a bug of tokentrail, over which the message must not be lost.
             reason = letters[0].reason if letters else "none"
             raise SuspiciousBatch(1, f"a dead letter ({reason}): {first_line(error)}")
         return [self._condemn(deliveries[0], error)]

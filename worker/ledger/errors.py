@@ -18,7 +18,7 @@ LOCK_NOT_AVAILABLE: Final = "55P03"
 #: Classes of the DB-API that a driver raises by itself, without a SQLSTATE, for a value that it cannot send.
 _NOT_SENDABLE: Final = {"DataError", "ProgrammingError", "NotSupportedError"}
 
-#: Bugs of ours that one event's content can trigger. Other errors of Python (memory, files) say nothing about an event.
+#: Bugs that one event's content can trigger. Other errors of Python (memory, files) say nothing about an event.
 _BUGS: Final = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 #: If the database refuses more events of one batch than this, a bug or a faulty release of a producer is likely.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from time import monotonic
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -71,10 +72,6 @@ class Settling:
     future: Future[list[Outcome]]
     started: float
 
-    @property
-    def slow_after(self) -> float:
-        return self.started + SLOW_JOB_SECONDS + SLOW_ROW_SECONDS * sum(part.rows for part in self.parts)
-
 
 @dataclass(frozen=True, slots=True)
 class Polling:
@@ -84,10 +81,6 @@ class Polling:
     future: Future[PollResult]
     started: float
 
-    @property
-    def slow_after(self) -> float:
-        return self.started + SLOW_JOB_SECONDS
-
 
 @dataclass(frozen=True, slots=True)
 class Probing:
@@ -95,10 +88,6 @@ class Probing:
 
     future: Future[None]
     started: float
-
-    @property
-    def slow_after(self) -> float:
-        return self.started + SLOW_JOB_SECONDS
 
 
 #: What the ledger thread does. It has one job at a time.
@@ -157,27 +146,24 @@ class Batcher:
         if self._bytes > MAX_BYTES or self._arrivals:
             self._update_pressure()
 
-    def on_wakeup(self) -> None:
-        """The event loop found `wakeup` readable."""
-        self.wakeup.clear()
-        self.advance()
-
     def on_tick(self) -> None:
         """Called every parking.POLL_SECONDS."""
         overdue = self._parking.take_overdue(
-            ledger_waits=self._degraded or self._suspended or self._ledger_waits(), elsewhere=self._queued_parts()
+            ledger_waits=self._degraded or self._suspended or self._ledger_waits(),
+            elsewhere=chain(self._job.parts if isinstance(self._job, Settling) else (), self._queue),
         )
         self._arrivals.extend(overdue)  # behind all that was fetched by now: an accrual among it goes first
         self.advance()
 
     def advance(self) -> None:
-        """Do all that can be done now. The order matters:
+        """Do all that can be done now. Called when `wakeup` is readable, and at every tick. The order matters:
 
         The last job is finished before the next starts: parked events that its outcomes release go into the next batch,
         before later events of their accounts. The next job starts before finished messages are acknowledged and
         arrivals are read, so that PostgreSQL commits meanwhile; it is tried again behind that, since the queue may have
         been empty before. The pressure is last: it depends on what is left of the arrivals.
         """
+        self.wakeup.clear()
         self._finish_job()
         self._start_job()
         self._acknowledge_finished()
@@ -223,12 +209,6 @@ class Batcher:
         """Put parts before all others in the queue, in this order."""
         self._queue.extendleft(reversed(parts))
         self._queued_rows += sum(part.rows for part in parts)
-
-    def _queued_parts(self) -> Iterator[Part]:
-        """The parts that are neither parked nor arrivals."""
-        if isinstance(self._job, Settling):
-            yield from self._job.parts
-        yield from self._queue
 
     def _next_batch(self) -> list[Part]:
         """Parts from the front of the queue for one batch. A suspect gets a batch of its own.
@@ -345,7 +325,10 @@ class Batcher:
         """Whether the job takes so long that the ledger must wait for a lock or a server. Then the worker fetches
         little, if anything.
         """
-        return not isinstance(self._job, Idle) and monotonic() > self._job.slow_after
+        if isinstance(self._job, Idle):
+            return False
+        rows = sum(part.rows for part in self._job.parts) if isinstance(self._job, Settling) else 0
+        return monotonic() - self._job.started > SLOW_JOB_SECONDS + SLOW_ROW_SECONDS * rows
 
     def _suspend(self, error: SuspiciousBatch) -> None:
         self._suspended = True

@@ -7,7 +7,7 @@ know solo attempts, and counts parked messages against the prefetch limit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 from kombu.message import Message
@@ -15,8 +15,8 @@ from kombu.message import Message
 log = structlog.get_logger(__name__)
 
 
-class Broker(Protocol):
-    """One per worker process, whatever connections come and go. No method raises."""
+class Broker:
+    """One per worker process, through all its connections. No method raises; those that kombu lacks do nothing."""
 
     def attach(self, channel: Any) -> None:
         """Use this channel, which a new connection brought, for `pause` and `resume`."""
@@ -38,9 +38,10 @@ class Broker(Protocol):
 
     def requeue(self, messages: Sequence[Message]) -> None:
         """Put messages back in this order, without counting a death; where they are served next, if possible."""
+        raise NotImplementedError
 
 
-class AtomicBroker:
+class AtomicBroker(Broker):
     """The transport of `worker.transport`. A message is handled by the channel that brought it."""
 
     def __init__(self) -> None:
@@ -83,26 +84,8 @@ class AtomicBroker:
                 _log_requeue_error(len(group), error)
 
 
-class StockBroker:
-    """kombu's own transports, which know nothing of pausing, parking and solo attempts."""
-
-    def attach(self, channel: Any) -> None:
-        pass
-
-    def pause(self, *, requeue_fetched: bool) -> None:
-        pass
-
-    def resume(self) -> None:
-        pass
-
-    def park(self, message: Message) -> None:
-        pass
-
-    def record_solo_attempt(self, message: Message) -> None:
-        pass
-
-    def undo_solo_attempts(self, message: Message, count: int) -> None:
-        pass
+class StockBroker(Broker):
+    """kombu's own transports, which can only requeue."""
 
     def requeue(self, messages: Sequence[Message]) -> None:
         for message in messages:  # kombu puts each where it is served last

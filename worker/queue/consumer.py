@@ -87,7 +87,7 @@ class Batching(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         self._intake.attach(consumer.app, consumer.connection_errors, consumer.event_dispatcher)
         self._batcher.attach(consumer.task_consumer.channel)
-        consumer.hub.add_reader(self._batcher.wakeup, self._batcher.on_wakeup)
+        consumer.hub.add_reader(self._batcher.wakeup, self._batcher.advance)
         if self._ticks is not None:
             self._ticks.cancel()
         self._ticks = consumer.hub.call_repeatedly(POLL_SECONDS, self._batcher.on_tick)

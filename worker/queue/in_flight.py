@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from celery.worker.request import Request
 from kombu.message import Message
 
@@ -13,50 +15,23 @@ from worker.ledger.outcomes import Applied, DeadLettered, Outcome, Rejected
 SUSPECT_RESTORES = 2
 
 
+@dataclass(slots=True, eq=False)
 class InFlight:
     """A message from its arrival to its acknowledgement, with an outcome for each of its events."""
 
-    __slots__ = (
-        "arguments",
-        "bulk",
-        "kombu_message",
-        "letters",
-        "number",
-        "outcomes",
-        "released",
-        "request",
-        "restores",
-        "size",
-        "solo_attempts",
-        "task",
-        "task_id",
-    )
-
-    def __init__(
-        self,
-        kombu_message: Message,
-        number: int,
-        size: int,
-        deliveries: list[Delivery],
-        letters: list[NewDeadLetter],
-        *,
-        bulk: bool,
-    ) -> None:
-        self.kombu_message = kombu_message
-        self.number = number  # in order of arrival
-        self.size = size  # bytes, headers included
-        self.bulk = bulk
-        self.letters = letters  # dead letters that are still to be written
-        self.outcomes: list[Outcome | None] = [None] * (len(deliveries) + len(letters))
-        for letter in letters:
-            self.outcomes[letter.origin.event_index or 0] = DeadLettered(letter.reason, letter.detail)
-        self.released = False
-        self.request: Request | None = None
-        self.task = "unknown"
-        self.task_id = ""
-        self.arguments = "{}"  # as Flower shows them
-        self.restores = 0
-        self.solo_attempts = 0  # of this worker
+    kombu_message: Message
+    number: int  # in order of arrival
+    size: int  # bytes, headers included
+    task: str
+    task_id: str
+    bulk: bool
+    letters: list[NewDeadLetter]  # dead letters that are still to be written
+    outcomes: list[Outcome | None]
+    arguments: str = "{}"  # as Flower shows them
+    request: Request | None = None
+    restores: int = 0
+    solo_attempts: int = 0  # of this worker
+    released: bool = False
 
     @property
     def complete(self) -> bool:
@@ -84,18 +59,16 @@ class InFlight:
         return False, f"{text}, the first: {self.outcomes[0]}"
 
 
+@dataclass(slots=True, eq=False)
 class Part:
     """What of one message goes into one batch: all of it, or one event that was parked."""
 
-    __slots__ = ("deadline", "deliveries", "message", "was_contended")
-
-    def __init__(self, message: InFlight, deliveries: list[Delivery], *, was_contended: bool = False) -> None:
-        self.message = message
-        self.deliveries = deliveries
-        #: When a parked burn's patience is over, by time.monotonic(); None before its first insufficient balance.
-        self.deadline: float | None = None
-        #: Whether the event had to wait for a row lock before. Then its patience is longer, and its last try is final.
-        self.was_contended = was_contended
+    message: InFlight
+    deliveries: list[Delivery]
+    #: When a parked burn's patience is over, by time.monotonic(); None before its first insufficient balance.
+    deadline: float | None = None
+    #: Whether the event had to wait for a row lock before. Then its patience is longer, and its last try is final.
+    was_contended: bool = False
 
     @property
     def rows(self) -> int:

@@ -16,6 +16,7 @@ from schema.messages import APPLY_MANY, MAX_BODY_BYTES, REPLAY_HEADER, RESTORES_
 from schema.text import ascii_line
 from worker.config import Settings
 from worker.ledger.deliveries import IfShort, Origin
+from worker.ledger.outcomes import DeadLettered, Outcome
 from worker.queue.in_flight import InFlight, Part
 from worker.queue.parsing import Parsed, UnreadableError, check_readable, letter_for, parse_call, read_body, refusal_of
 
@@ -47,7 +48,7 @@ class Intake:
 
     def attach(self, app: Celery, connection_errors: tuple[type[Exception], ...], events: Any) -> None:
         """Use a new connection; `events` is Celery's dispatcher of task events, or None."""
-        # Attributes of our own, because Celery computes each anew at every access.
+        # Attributes of our own, because Celery computes each again at every access.
         self._app, self._tasks, self._connection_errors = app, app.tasks, connection_errors
         self._events = events
         if events:
@@ -85,7 +86,7 @@ class Intake:
             )
         except UnreadableError as error:
             return self._unreadable(message, headers, body, call, error)
-        except Exception as error:  # a bug of ours that this message triggers must not end the worker
+        except Exception as error:  # a bug of tokentrail that this message triggers must not end the worker
             log.exception("could not read a message", reason=repr(error)[:300])
             detail = f"Reading it failed: {type(error).__name__}: {ascii_line(str(error), 200)}."
             return self._unreadable(message, headers, body, None, UnreadableError("internal_error", detail))
@@ -142,9 +143,12 @@ class Intake:
     def _part(self, message: Message, headers: dict[str, Any], parsed: Parsed, body_size: int, *, bulk: bool) -> Part:
         # The transport's size counts headers too: a batch with all its headers must fit into one statement.
         size = max(body_size, getattr(message, "size", 0))
-        in_flight = InFlight(message, next(self._numbers), size, parsed.deliveries, parsed.letters, bulk=bulk)
-        in_flight.task = _text(headers.get("task")) or "unknown"
-        in_flight.task_id = _text(headers.get("id")) or str(message.delivery_tag)
+        task = _text(headers.get("task")) or "unknown"
+        task_id = _text(headers.get("id")) or str(message.delivery_tag)
+        outcomes: list[Outcome | None] = [None] * (len(parsed.deliveries) + len(parsed.letters))
+        for letter in parsed.letters:
+            outcomes[letter.origin.event_index or 0] = DeadLettered(letter.reason, letter.detail)
+        in_flight = InFlight(message, next(self._numbers), size, task, task_id, bulk, parsed.letters, outcomes)
         return Part(in_flight, parsed.deliveries)
 
     def _origin(self, message: Message, headers: dict[str, Any], body: bytes) -> Origin:
