@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test test-matrix newcomer check gate chaos fuzz bench client lock compose-env system-packages clean
+.PHONY: help run test test-matrix newcomer check gate chaos fuzz mutants bench client lock compose-env system-packages clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -44,6 +44,10 @@ chaos: .venv/development ## run the long fault tests: processes are killed, serv
 fuzz: .venv/development ## run the long tests with hostile messages
 	@TOKENTRAIL_FUZZ=long $(BIN)/python -m pytest -o faulthandler_timeout=0 -n0 -s tests/fuzz $(ARGS)
 
+mutants: .venv/development ## change the ledger and the schema in small ways, of which a test must notice each; takes an hour
+	@$(BIN)/python tests/kit/with_given_servers.py env -u BROKER_URL $(BIN)/mutmut run --max-children 2 $(ARGS)
+	@$(BIN)/mutmut results
+
 bench: .venv/development ## measure throughput and latency, beside a plain Celery worker
 	@$(BIN)/python -m bench $(ARGS)
 
@@ -69,7 +73,7 @@ system-packages: ## install what the tests also use: a browser, Debian's servers
 	@.ci/system-packages
 
 clean: ## remove .venv and all caches; the data of `make run` in .tokentrail stays
-	@rm -rf .venv .venv-matrix .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf .venv .venv-matrix .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants .import_linter_cache build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/runtime: .venv/made-in requirements.lock pyproject.toml

@@ -147,9 +147,14 @@ def logging_left_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def servers(given) -> Iterator[Addresses]:
+def servers(given, tmp_path_factory) -> Iterator[Addresses]:
     with contextlib.ExitStack() as stack:
-        if len(given) < len(Addresses._fields):
+        if given.keys() == {"DATABASE_URL"}:  # as for `make mutants`: a PostgreSQL takes longer to start than a Valkey
+            valkey = embedded.ValkeyServer(tmp_path_factory.mktemp("valkey"), durable=False)
+            valkey.start()
+            stack.callback(valkey.stop)
+            given = {"BROKER_URL": valkey.url} | given
+        elif len(given) < len(Addresses._fields):
             pair = stack.enter_context(embedded.servers())
             given = {"DATABASE_URL": pair.database_url, "BROKER_URL": pair.broker_url} | given
         yield Addresses(given["DATABASE_URL"], given["BROKER_URL"])

@@ -37,7 +37,7 @@ class Broker:
         """Take back what `record_solo_attempt` counted: this worker survived."""
 
     def requeue(self, messages: Sequence[Message]) -> None:
-        """Put messages back in this order, without counting a death; where they are served next, if possible."""
+        """Requeue the messages in this order, where they are served next if possible. No death is counted."""
         raise NotImplementedError
 
 
