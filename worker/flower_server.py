@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import signal
 import sys
 from http import HTTPStatus
@@ -17,12 +18,14 @@ from urllib.parse import urlsplit
 
 from flower import command, urls
 from flower.app import Flower
+from tornado.httpserver import HTTPServer
 from tornado.options import options
 from tornado.web import ErrorHandler, OutputTransform
 
 from worker.app import app
 from worker.config import load_settings
 from worker.hosts import Hosts, refusal
+from worker.listening import INHERITED, listen
 
 if TYPE_CHECKING:
     from tornado.httputil import HTTPHeaders, HTTPServerRequest
@@ -39,6 +42,16 @@ class ProtectedFlower(Flower):  # type: ignore[misc]  # Flower has no types
         super().__init__(**arguments)
         self._hosts = hosts
         self.add_transform(_ResponseHeaders)
+
+    def start_http_server(self) -> int | None:
+        """Listen as Flower does, or on the socket that `tokentrail up` passes on; returns the port."""
+        if INHERITED not in os.environ:
+            port: int | None = super().start_http_server()
+            return port
+        listener = listen(options.address, options.port)
+        listener.setblocking(False)
+        HTTPServer(self, ssl_options=self.ssl_options, xheaders=options.xheaders).add_socket(listener)
+        return int(listener.getsockname()[1])
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """The handler of a request: tornado calls this first."""

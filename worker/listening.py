@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+from typing import Final
 
 from worker.errors import TokentrailError
+
+#: Variable with the descriptor of a listening socket that `tokentrail up` passes to the API and Flower. `up` holds the
+#: ports, so that no other program can take one and its answers be taken for theirs.
+INHERITED: Final = "TOKENTRAIL_LISTEN_FD"
 
 
 class ListenError(TokentrailError):
@@ -17,11 +23,13 @@ class ListenError(TokentrailError):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Listen on the first address of `host`. Raises ListenError.
+    """Listen on the first address of `host`, or use the socket that `tokentrail up` passes on. Raises ListenError.
 
     The socket is created as TCP by name: otherwise asyncio does not set TCP_NODELAY, and each response would wait 40 ms
     for the client's acknowledgement.
     """
+    if descriptor := os.environ.get(INHERITED):
+        return socket.socket(fileno=int(descriptor))
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         server = socket.create_server(address[:2], family=family, backlog=2048)

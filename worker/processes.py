@@ -47,18 +47,18 @@ class Child:
         on_line: Callable[[str, str], None] | None = None,
         log: Path | None = None,
         death_signal: signal.Signals = signal.SIGKILL,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         """Pass its output to `on_line(name, line)` or append it to `log`; without both it inherits ours.
 
         `death_signal` is what the child gets when this process ends, even by SIGKILL (Linux only).
         """
         self.name = name
-        self.command: Sequence[str | Path] = command
         self.failures = 0  # restarts in a row
         self.restart_at: float | None = None
         self.process: subprocess.Popen[bytes] | None = None
-        self._env, self._cwd, self._on_line, self._log = env, cwd, on_line, log
-        self._death_signal = death_signal
+        self._command, self._env, self._cwd, self._on_line, self._log = list(command), env, cwd, on_line, log
+        self._death_signal, self._pass_fds = death_signal, pass_fds
         self._log_start = 0  # where in the log the output of the present process starts
         self._incomplete_line = b""
         self._started = 0.0
@@ -103,13 +103,14 @@ class Child:
         with self._open_log() as log:
             output = subprocess.PIPE if self._on_line else log
             self.process = subprocess.Popen(  # noqa: S603 - our own programs
-                self.command,
+                self._command,
                 **{"stdin": subprocess.DEVNULL, **options},
                 env=dict(self._env) if self._env is not None else None,
                 cwd=self._cwd,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
                 process_group=0,
+                pass_fds=self._pass_fds,
                 preexec_fn=_before_exec(self._death_signal),  # noqa: PLW1509 - a few system calls, prepared before the fork
             )
         if self.process.stdout:

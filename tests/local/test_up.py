@@ -9,14 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from urllib.error import HTTPError
 
 import psutil
 import pytest
 
-from tests.kit.http import get
+from tests.kit.http import get, status
 from tests.kit.servers import free_port
 from tests.kit.stage import LISTED
 from tests.kit.wait import PATIENCE, eventually
@@ -120,6 +119,15 @@ def test_up_runs_everything_and_leaves_nothing_running(tokentrail, tmp_path):
     assert f"process {up.process.pid}" in line
     assert urls["api_url"] in line
 
+    # An API or Flower that was killed is restarted with the same URL.
+    for name, path in (("api", "/healthz"), ("flower", "/healthcheck")):
+        (child,) = (
+            each for each in up.descendants() if f"--port={urls[f'{name}_url'][17:]}" in "=".join(each.cmdline())
+        )
+        child.kill()
+        up.wait_for(f"{name} (pid {child.pid}) was killed by SIGKILL")
+        eventually(lambda url=urls[f"{name}_url"] + path: status(url) == 200)
+
     # A worker that was killed is restarted.
     (worker,) = (each for each in up.descendants() if "celeryd: worker@" in " ".join(each.cmdline()))
     worker.kill()
@@ -172,38 +180,17 @@ def test_up_uses_the_servers_that_are_set_and_reports_a_part_that_does_not_start
     assert up.printed.splitlines()[-1].startswith("tokentrail: flower (pid ")
 
 
-class Answering(BaseHTTPRequestHandler):
-    """Answers as Flower does."""
-
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.mark.usefixtures("own_servers")
-def test_a_service_whose_port_is_taken_meanwhile_moves_to_the_next(tokentrail, tmp_path, monkeypatch):
-    """As by another `up` that is started at the same moment: its answers are not those of this one."""
-    port = free_port()
-    monkeypatch.setenv("TOKENTRAIL_FLOWER_PORT", str(port))
-    up = tokentrail("up")
-    eventually(lambda: (tmp_path / "servers.json").exists() or up.process.poll() is not None)
-    with HTTPServer(("127.0.0.1", port), Answering) as other:
-        Thread(target=other.serve_forever, daemon=True).start()
-        up.wait_for("another program took the port of flower")
-        url = json.loads((tmp_path / "servers.json").read_text())["flower_url"]
-        assert url != f"http://127.0.0.1:{port}"
-        eventually(lambda: "Flower" in get_or_none(url))
-        other.shutdown()
-
-
-def get_or_none(url):
+def test_services_that_start_at_once_never_get_the_same_port():
+    """`up` holds the port before it starts the child, so another program's answers are never taken for the child's."""
+    services = [Service("flower", "127.0.0.1", free_port(), "/healthcheck")]
+    services += [Service("flower", "127.0.0.1", int(services[0].arguments[4]), "/healthcheck") for _ in range(2)]
     try:
-        return get(url)
-    except OSError as error:
-        return str(error)
+        for service in services:
+            service.listen()
+        assert len({service.url for service in services}) == len(services)
+    finally:
+        for service in services:
+            service.close()
 
 
 @pytest.mark.parametrize(
@@ -226,7 +213,7 @@ def test_a_service_that_finds_no_free_port_names_its_setting():
         socket.create_server(("127.0.0.1", 65_535)),
         pytest.raises(UpError, match=r"65535 .* TOKENTRAIL_FLOWER_PORT"),
     ):
-        service.move_to_free_port()
+        service.listen()
 
 
 @pytest.mark.usefixtures("own_servers")

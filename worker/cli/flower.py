@@ -10,7 +10,7 @@ import typer
 
 from worker.cli.usage import UsageError
 from worker.config import HOME, ROOT, load_settings
-from worker.listening import listen
+from worker.listening import INHERITED, listen
 
 #: The columns of Flower's list of tasks, with the outcome of each.
 _COLUMNS: Final = "name,state,kwargs,result,received,runtime,worker,uuid"
@@ -44,7 +44,7 @@ def flower(
     host = host or os.environ.get("FLOWER_ADDRESS") or "127.0.0.1"
     port = port or _flower_port() or settings.flower_port
     _check(options)
-    if not _uses_unix_socket(options):
+    if not (_uses_unix_socket(options) or INHERITED in os.environ):
         listen(host, port).close()  # Flower would end in a traceback
     command = [sys.executable, "-m", "worker.flower_server", *options, f"--address={host}", f"--port={port}"]
     # Celery finds its settings in ROOT, where a relative TOKENTRAIL_HOME would be another folder.

@@ -11,6 +11,7 @@ import fcntl
 import http.client
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.text import Text
 from worker.config import HOME, ROOT, load_settings
 from worker.errors import TokentrailError
 from worker.files import UntrustedFileError, open_own, read_own
-from worker.listening import ListenError, listen
+from worker.listening import INHERITED, ListenError, listen
 from worker.local.embedded import EmbeddedError, make_folder, servers
 from worker.migration import deploy
 from worker.output import console, migrating
@@ -29,7 +30,7 @@ from worker.processes import Child, Family
 from worker.readiness import check_broker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from worker.config import Settings
     from worker.local.embedded import Servers
@@ -71,11 +72,12 @@ def up(*, with_demo: bool) -> None:
 
 
 class Service:
-    """API or Flower: the arguments of its command and where it listens."""
+    """API or Flower: the arguments of its command, and the listening socket that is passed on to it."""
 
     def __init__(self, name: str, host: str, port: int, health_path: str, options: Sequence[str] = ()) -> None:
         self.name, self._host, self._port = name, host, port
         self._health_path, self._options = health_path, options
+        self._socket: socket.socket | None = None
 
     @property
     def url(self) -> str:
@@ -87,22 +89,30 @@ class Service:
     def arguments(self) -> list[str]:
         return [self.name, "--host", self._host, "--port", str(self._port), *self._options]
 
-    def move_to_free_port(self) -> bool:
-        """Take the first port, from the present one on, on which nothing listens; whether that is another port."""
-        present = self._port
-        ports = range(present, min(present + _MAX_PORTS, 65_536))
+    def listen(self) -> None:
+        """Listen on the first port, from the configured one on, that no other program listens on."""
+        ports = range(self._port, min(self._port + _MAX_PORTS, 65_536))
         for self._port in ports:
             try:
-                listen(self._host, self._port).close()
+                self._socket = listen(self._host, self._port)
             except ListenError as error:
                 if not error.taken:
-                    raise UpError(str(error)) from error
+                    raise
             else:
-                return self._port != present
+                return
         raise UpError(
-            f"No port from {present} to {ports[-1]} is free on {self._host}: stop a program that listens there, or set"
+            f"No port from {ports[0]} to {ports[-1]} is free on {self._host}: stop a program that listens there, or set"
             f" TOKENTRAIL_{self.name.upper()}_PORT."
         )
+
+    @property
+    def descriptor(self) -> int:
+        assert self._socket is not None, f"{self.name} does not listen"
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
 
     def problem(self) -> str | None:
         """Why the health check fails; None when it answers 200."""
@@ -166,10 +176,10 @@ class _System:
         self._servers: Servers | None = None  # embedded ones
         self._grace = _GRACE_SECONDS
         self._environment: dict[str, str] = {}
-        self._addresses: dict[str, object] = {"pid": os.getpid()}
+        self._addresses: dict[str, str] = {}
         self._api = Service("api", settings.api_host, settings.api_port, "/readyz")
         self._flower = Service("flower", "127.0.0.1", settings.flower_port, "/healthcheck", _ERRORS_ONLY)
-        self._services = {service.name: service for service in (self._api, self._flower)}
+        self._services = (self._api, self._flower)
 
     def run(self, stack: contextlib.ExitStack, *, with_demo: bool) -> None:
         self._start_servers(stack)
@@ -204,7 +214,7 @@ class _System:
             self._addresses[name] = url.get_secret_value() if url else getattr(self._servers, name)
 
     def _migrate(self) -> None:
-        database_url = str(self._addresses["database_url"])
+        database_url = self._addresses["database_url"]
         with migrating(self._screen.console):
             deployed = deploy(database_url)
         if deployed.warning:
@@ -215,29 +225,32 @@ class _System:
     def _start_children(self) -> None:
         self._environment = {
             **os.environ,
-            "DATABASE_URL": str(self._addresses["database_url"]),
-            "BROKER_URL": str(self._addresses["broker_url"]),
+            "DATABASE_URL": self._addresses["database_url"],
+            "BROKER_URL": self._addresses["broker_url"],
             "TOKENTRAIL_HOME": str(HOME.absolute()),
             "PYTHONUNBUFFERED": "1",
         }
         if self._settings.log_format == "auto":
             self._environment["TOKENTRAIL_LOG_FORMAT"] = "console"  # a person reads it, though through a pipe
-        for service in self._services.values():
-            service.move_to_free_port()
-        self._write_addresses()
-        for arguments in (["worker", "--name", "worker"], self._api.arguments, self._flower.arguments):
-            self._family.add(self._child(arguments, on_line=self._screen.child_line))
+        for service in self._services:
+            service.listen()
+        urls = {"api_url": self._api.url, "flower_url": self._flower.url}
+        _write_addresses({**self._addresses, **urls, "pid": os.getpid()})
+        self._add(["worker", "--name", "worker"])
+        for service in self._services:
+            self._add(service.arguments, pass_fds=[service.descriptor], env={INHERITED: str(service.descriptor)})
 
-    def _child(self, arguments: Sequence[str], on_line: Callable[[str, str], None] | None = None) -> Child:
-        return Child(arguments[0], _command(arguments), env=self._environment, cwd=ROOT, on_line=on_line)
+    def _add(self, arguments: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any) -> None:
+        self._family.add(self._child(arguments, env, on_line=self._screen.child_line, **options))
 
-    def _write_addresses(self) -> None:
-        _write_addresses(self._addresses | {"api_url": self._api.url, "flower_url": self._flower.url})
+    def _child(self, arguments: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> Child:
+        command = [sys.executable, "-m", "worker.cli", *arguments]
+        return Child(arguments[0], command, env=self._environment | dict(env or {}), cwd=ROOT, **options)
 
     def _wait_until_answering(self) -> None:
         """Return when API and Flower answer, or a stop was requested. Raises UpError when a child ends first."""
         deadline = time.monotonic() + _START_SECONDS
-        waiting = list(self._services.values())
+        waiting = list(self._services)
         while waiting and not self._family.stopping:
             self._step(self._ended_before_answering)
             problems = {service: problem for service in waiting if (problem := service.problem())}
@@ -249,27 +262,11 @@ class _System:
                 )
 
     def _ended_before_answering(self, child: Child) -> None:
-        if not self._moved(child):
-            raise UpError(f"{child.ending} before it answered: see its lines above.")
-        child.start()
+        raise UpError(f"{child.ending} before it answered: see its lines above.")
 
     def _restart(self, child: Child) -> None:
         if child.name != "demo":
-            self._moved(child)
             self._screen.say(f"{child.ending}; restarting in {child.restart_later():.0f} s")
-
-    def _moved(self, child: Child) -> bool:
-        """Whether the child lost its port to another program, such as an `up` in another folder; then it gets another.
-
-        Until it has ended, the other's answers are taken for its own.
-        """
-        service = self._services.get(child.name)
-        if service is None or not service.move_to_free_port():
-            return False
-        child.command = _command(service.arguments)
-        self._write_addresses()
-        self._screen.say(f"another program took the port of {child.name}, which moves to {service.url}")
-        return True
 
     def _run_demo(self) -> None:
         self._screen.hold()
@@ -301,13 +298,11 @@ class _System:
         self._screen.release()
         if self._family.stopping:
             self._screen.say("stopping …")
+        for service in self._services:
+            service.close()
         for name, grace in self._grace.items():
             children = [child for child in self._family.children if child.name == name]
             self._family.stop(children, grace, report=self._screen.say)
-
-
-def _command(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "worker.cli", *arguments]
 
 
 @contextlib.contextmanager

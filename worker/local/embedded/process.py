@@ -147,9 +147,10 @@ class ServerProcess(ABC):
             cwd=self._working_folder(),
             log=self.log,
             death_signal=signal.SIGINT,
+            pass_fds=[self._lock.fileno()],
         )
         try:
-            child.start(pass_fds=[self._lock.fileno()], **options)
+            child.start(**options)
         except OSError as error:
             raise cannot_run(command[0], error.strerror, self.setting) from None
         self.child = child
