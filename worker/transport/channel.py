@@ -193,8 +193,11 @@ class Channel(stock.Channel):
                 pass
         except Exception as error:  # noqa: BLE001 - an unreachable broker must not end the worker; the tags are kept
             self.pending.requeue_later(tags)
-            event = "Could not requeue %d fetched messages (%r): they are requeued with the next connection."
-            logger.warning(event, len(tags), error)
+            logger.warning(
+                "Could not requeue %d fetched messages (%r): they are requeued with the next connection.",
+                len(tags),
+                error,
+            )
 
     def _message(self, item: Fetched) -> Any:
         """A kombu message of whatever was fetched; None for undecodable bytes that need no acknowledgement."""
