@@ -135,13 +135,13 @@ class _Batch:
 
         account = self.accounts[event.user_id]
         verdict = decide(event.type, event.amount, account.balance)
-        if verdict is Reason.INSUFFICIENT_TOKENS and self._may_wait(delivery):
+        decision: Decision
+        if isinstance(verdict, Decimal):
+            decision = self._apply(delivery, account, verdict)
+        elif verdict is Reason.INSUFFICIENT_TOKENS and self._may_wait(delivery):
             return Undecided(account.balance)
-        decision: Decision = (
-            self._apply(delivery, account, verdict)
-            if isinstance(verdict, Decimal)
-            else self._reject(delivery, account, verdict)
-        )
+        else:
+            decision = self._reject(delivery, account, verdict)
         self.earlier[key] = Earlier(delivery.payload_hash, decision)
         self.events[key] = event
         return decision

@@ -17,9 +17,9 @@ _COPY_ESCAPES: Final = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r
 
 
 def copy_lines(rows: Iterable[tuple[Value, ...]]) -> str:
-    """Rows in COPY's text format."""
+    """Rows, at least one, in COPY's text format."""
     columns = map(_copy_column, zip(*rows, strict=True))
-    return "".join([f"{line}\n" for line in map("\t".join, zip(*columns, strict=True))])
+    return "\n".join(map("\t".join, zip(*columns, strict=True))) + "\n"
 
 
 def array(values: Sequence[Value]) -> str:
