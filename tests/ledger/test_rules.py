@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import timedelta
 from decimal import Context, Decimal, Inexact, Rounded, localcontext
 
 import psycopg
 import pytest
 
+from worker.ledger.deliveries import Origin
 from worker.ledger.errors import SuspiciousBatch, blames_event
 from worker.ledger.rules import Reason, decide, too_far_ahead
 
@@ -65,5 +67,13 @@ def test_what_psycopg_cannot_send_and_our_bugs_are_held_against_the_event_too(er
 
 
 def test_a_suspicious_batch_says_that_nothing_is_lost_and_what_the_first_refusal_was():
-    assert "11 events of one batch" in str(SuspiciousBatch(11, "no such thing [23514]"))
-    assert str(SuspiciousBatch(11, "no such thing [23514]")).endswith("no such thing [23514]")
+    error = SuspiciousBatch(11, "no such thing [23514]")
+    assert "11 events of one batch" in str(error)
+    assert "nothing is lost" in str(error)
+    assert str(error).endswith("no such thing [23514]")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_an_event_of_a_bulk_message_has_the_origin_of_its_message():
+    origin = Origin("tokens.apply_many", "id", b"body", {"retries": 1}, None, 7)
+    assert origin.at(3) == Origin("tokens.apply_many", "id", b"body", {"retries": 1}, 3, 7)

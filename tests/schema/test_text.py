@@ -22,6 +22,16 @@ def test_a_line_is_ascii_or_printable_and_no_longer_than_its_limit(text, limit):
         assert printable_line(text, limit) == text
 
 
+@pytest.mark.parametrize("line", [ascii_line, printable_line])
+def test_a_line_is_cut_only_where_it_is_longer_than_its_limit(line):
+    assert line("abcdef", 6) == "abcdef"
+    assert line("abcdefg", 6) == "abc..."
+
+
+def test_printable_text_of_any_script_stays_as_it_is():
+    assert printable_line("żółć", 10) == "żółć"
+
+
 @given(st.text(max_size=80))
 def test_quoted_text_is_one_short_ascii_line_in_quotes(text):
     quoted = quote(text, 20)
@@ -63,4 +73,5 @@ def test_what_is_storable_is_utf_8_without_nul(text):
 def test_an_error_is_one_line_without_the_arguments_of_its_command():
     error = redis.ConnectionError("refused.\n  twice, with args beginning with: ['AUTH', 'secret']")
     assert one_line_error(error) == "refused.; twice"
+    assert one_line_error(ValueError(".pgpass names no host X.")) == ".pgpass names no host X"
     assert one_line_error(TimeoutError()) == "TimeoutError"
