@@ -45,7 +45,7 @@ fuzz: .venv/development ## run the long tests with hostile messages
 	@TOKENTRAIL_FUZZ=long $(BIN)/python -m pytest -o faulthandler_timeout=0 -n0 -s tests/fuzz $(ARGS)
 
 mutants: .venv/development ## change the ledger and the schema in small ways, of which a test must notice each; takes an hour
-	@$(BIN)/python tests/kit/with_given_servers.py env -u BROKER_URL $(BIN)/mutmut run --max-children 2 $(ARGS)
+	@$(BIN)/python tests/kit/with_external_servers.py env -u BROKER_URL $(BIN)/mutmut run --max-children 2 $(ARGS)
 	@$(BIN)/mutmut results
 
 bench: .venv/development ## measure throughput and latency, beside a plain Celery worker

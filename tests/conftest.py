@@ -1,9 +1,8 @@
-"""What every test can ask for: real servers, a database of its own, a broker of its own, programs.
+"""Fixtures of all tests: real servers, a database and a broker of the test's own, a worker, programs.
 
-The servers are embedded ones, started once and thrown away. With DATABASE_URL or BROKER_URL in the
-environment those are used instead: databases are made and dropped there, and the broker's sixteen logical
-databases are flushed. So that is one that held nothing: a shell in which a reader worked on a live system
-has its addresses in the environment too.
+The servers are embedded, started once and thrown away. With DATABASE_URL or BROKER_URL in the environment those are
+used instead: the tests create and drop databases there, and flush the broker's sixteen logical databases. They refuse a
+broker that is not empty, because a shell in which an operator worked has the URLs of a live system in its environment.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ import psycopg
 import pytest
 import redis
 
-from tests.kit import producer as another
 from tests.kit.cli import Tokentrail
+from tests.kit.producer import Producer
 from tests.kit.stage import Stage, Watcher
 from worker import config
 from worker.local import embedded
@@ -35,60 +34,66 @@ from worker.migration import migrate
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: What the machine has rather than what the product shall do: these may reach the tests from outside.
-OF_THE_MACHINE = {"TOKENTRAIL_PG_BIN", "TOKENTRAIL_VALKEY_SERVER"}
+#: Settings that name programs of this machine: the tests keep these, and no other settings.
+KEPT_SETTINGS = {"TOKENTRAIL_PG_BIN", "TOKENTRAIL_VALKEY_SERVER"}
 
 
-# Under nohup every process that a test starts would ignore it too.
+# Under nohup SIGHUP is ignored, by every process that a test starts too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-#: The modules that take longest: begun last, one of them would keep a single process busy while the others are idle.
-LONGEST = (
-    "test_kombu_suite",
-    "test_docs",
-    "test_up",
-    "test_embedded",
-    "test_bench",
-    "test_migrations",
+#: The modules to begin with, the slowest first: begun last, one would keep a process busy while the others are idle.
+RUN_FIRST = (
+    "chaos/",
+    "transport/test_kombu_suite",
+    "docs/test_docs",
+    "local/test_up",
+    "local/test_embedded",
+    "docs/test_bench",
+    "migrations/test_migrations",
+    "fuzz/",
 )
 
-#: Set once the broker that we were given was seen to be empty: what is in it from then on is ours.
-EMPTIED = pytest.StashKey[str]()
+#: The URL of an external broker that was empty: the tests may flush it.
+FLUSHABLE = pytest.StashKey[str]()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Refuse a broker that holds something: the tests would throw it away."""
+    """Refuse an external broker that is not empty: the tests would flush it."""
     url = os.environ.get("BROKER_URL")
-    if url is None or hasattr(session.config, "workerinput"):  # one process of pytest-xdist asks for all
+    if url is None or hasattr(session.config, "workerinput"):  # pytest-xdist's controller checks for all
         return
     try:
         with redis.Redis.from_url(url) as broker:
-            held = ", ".join(broker.info("keyspace"))
+            contents = ", ".join(broker.info("keyspace"))
     except redis.RedisError as error:
-        pytest.exit(f"The Redis that BROKER_URL names cannot be asked what it holds: {error}.", returncode=2)
-    if held:
+        pytest.exit(f"Cannot check that the Redis of BROKER_URL is empty: {error}.", returncode=2)
+    if contents:
         pytest.exit(
-            f"The tests flush the Redis that BROKER_URL names, and it holds something ({held}): unset BROKER_URL and"
+            f"The tests flush the Redis that BROKER_URL names, and it is not empty ({contents}): unset BROKER_URL and"
             " DATABASE_URL to run them on servers of their own, or name one that is empty.",
             returncode=2,
         )
-    session.config.stash[EMPTIED] = url
+    session.config.stash[FLUSHABLE] = url
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Leave a given broker as empty as it was."""
-    if url := session.config.stash.get(EMPTIED, None):
+    """Leave an external broker empty."""
+    if url := session.config.stash.get(FLUSHABLE, None):
         with redis.Redis.from_url(url) as broker:
             broker.flushall()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let pytest-xdist keep together the tests that share a fixture, and begin the longest modules first."""
-    order = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+    """Begin with the slowest modules, and let pytest-xdist keep together the tests that share a fixture."""
+    items.sort(key=_order)
     for item in items:
         if group := _group(item):
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _order(item: pytest.Item) -> int:
+    path = item.nodeid.removeprefix("tests/")
+    return next((number for number, start in enumerate(RUN_FIRST) if path.startswith(start)), len(RUN_FIRST))
 
 
 def _group(item: pytest.Item) -> str | None:
@@ -103,42 +108,42 @@ def _group(item: pytest.Item) -> str | None:
     return None
 
 
-class Addresses(NamedTuple):
-    """The servers of this run of the tests; tests ask for `database_url` and `broker_url`."""
+class Urls(NamedTuple):
+    """The servers of this process; tests use `database_url` and `broker_url`."""
 
     database_url: str
     broker_url: str
 
 
 @pytest.fixture(scope="session", autouse=True)
-def given(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """The addresses that the tests were given, after taking every setting out of the environment.
+def external_urls(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """DATABASE_URL and BROKER_URL of the environment, from which all settings are removed.
 
-    Else a shell's settings, or a `tokentrail up` that runs in this folder, would decide what is tested.
+    Otherwise a shell's settings, or a `tokentrail up` that runs in this folder, would decide what is tested.
     """
-    outside = {name: os.environ[name] for name in ("DATABASE_URL", "BROKER_URL") if name in os.environ}
+    urls = {name: os.environ[name] for name in ("DATABASE_URL", "BROKER_URL") if name in os.environ}
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as environment:
-        for name in set(os.environ) - OF_THE_MACHINE:
-            # Under `make test` the tests that run make must not be taken for a part of it.
-            if name in outside or name.startswith(("TOKENTRAIL_", "MAKE")) or name in {"MFLAGS", "ARGS"}:
+        for name in set(os.environ) - KEPT_SETTINGS:
+            # Under `make test`, a make that a test runs must not take itself for a part of that.
+            if name in urls or name.startswith(("TOKENTRAIL_", "MAKE")) or name in {"MFLAGS", "ARGS"}:
                 environment.delenv(name)
         environment.setenv("TOKENTRAIL_HOME", str(home))
         environment.setattr(config, "HOME", home)
-        yield outside
+        yield urls
 
 
 @pytest.fixture(autouse=True)
-def settings_read_afresh() -> Iterator[None]:
-    """Settings are read once per process: here that is once per test."""
+def settings_cache_cleared() -> Iterator[None]:
+    """A process reads the settings once; here each test does."""
     config.load_settings.cache_clear()
     yield
     config.load_settings.cache_clear()
 
 
 @pytest.fixture(autouse=True)
-def logging_left_as_it_was() -> Iterator[None]:
-    """A command that is run inside a test sends logs to what is standard error then, and closed soon after."""
+def logging_restored() -> Iterator[None]:
+    """A command that runs in this process logs to the standard error of that moment, which is closed after the test."""
     root = logging.getLogger()
     level = root.level
     yield
@@ -147,22 +152,23 @@ def logging_left_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def servers(given, tmp_path_factory) -> Iterator[Addresses]:
+def servers(external_urls, tmp_path_factory) -> Iterator[Urls]:
+    urls = external_urls
     with contextlib.ExitStack() as stack:
-        if given.keys() == {"DATABASE_URL"}:  # as for `make mutants`: a PostgreSQL takes longer to start than a Valkey
+        if urls.keys() == {"DATABASE_URL"}:  # `make mutants`: only PostgreSQL takes long to start
             valkey = embedded.ValkeyServer(tmp_path_factory.mktemp("valkey"), durable=False)
             valkey.start()
             stack.callback(valkey.stop)
-            given = {"BROKER_URL": valkey.url} | given
-        elif len(given) < len(Addresses._fields):
+            urls = {"BROKER_URL": valkey.url} | urls
+        elif len(urls) < len(Urls._fields):
             pair = stack.enter_context(embedded.servers())
-            given = {"DATABASE_URL": pair.database_url, "BROKER_URL": pair.broker_url} | given
-        yield Addresses(given["DATABASE_URL"], given["BROKER_URL"])
+            urls = {"DATABASE_URL": pair.database_url, "BROKER_URL": pair.broker_url} | urls
+        yield Urls(urls["DATABASE_URL"], urls["BROKER_URL"])
 
 
 @pytest.fixture(scope="session")
 def template(servers) -> Iterator[str]:
-    """The name of a migrated database that nobody writes to: copying it is faster than migrating."""
+    """The name of a migrated, empty database: copying it is faster than migrating."""
     with _database(servers.database_url) as url:
         migrate(url)
         yield urlsplit(url).path.removeprefix("/")
@@ -184,7 +190,7 @@ def empty_database_url(servers) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def _logical_databases() -> Iterator[int]:
-    # Processes of pytest-xdist that were given one broker each flush their own databases of it.
+    # Processes of pytest-xdist that share an external broker flush different databases.
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     return itertools.cycle(range(16)[number::processes])
@@ -192,7 +198,7 @@ def _logical_databases() -> Iterator[int]:
 
 @pytest.fixture
 def broker_url(servers, _logical_databases) -> str:
-    """A logical database of the broker, empty; not the last test's, where a late answer may yet go."""
+    """An empty logical database of the broker; not the previous test's, to which a late reply may still go."""
     url = urlsplit(servers.broker_url)._replace(path=f"/{next(_logical_databases)}").geturl()
     with redis.Redis.from_url(url) as client:
         client.flushdb()
@@ -229,9 +235,9 @@ def watcher(broker_url) -> Iterator[Watcher]:
 
 @pytest.fixture
 def server_folder() -> Iterator[Path]:
-    """Where a test keeps servers of its own: a name with all that is difficult in names.
+    """A folder for servers of the test's own, with spaces, quotes and an umlaut in its name.
 
-    Not in `tmp_path`, whose parent is closed to others: PostgreSQL would evade it when we are root.
+    Not in `tmp_path`, whose parent is closed to other users: PostgreSQL, which does not run as root, could not use it.
     """
     with tempfile.TemporaryDirectory(prefix="tokentrail-test-") as parent:
         Path(parent).chmod(0o755)
@@ -242,27 +248,27 @@ def server_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def requires_program() -> Callable[..., str]:
-    """`requires_program("chromium")`: where it is. Without it the test is skipped, in CI it fails."""
+    """`requires_program("chromium")` returns its path. Without the program the test is skipped, or fails in CI."""
 
     def find(name: str, path: str | None = None) -> str:
-        # Beside our Python too: what the lock file installs is not on everyone's PATH.
-        everywhere = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        found = shutil.which(name, path=path if path is not None else everywhere)
-        if found is None:
+        # The programs of the virtual environment need not be on PATH.
+        folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        program = shutil.which(name, path=path if path is not None else folders)
+        if program is None:
             reason = f"needs the program {name}: `make system-packages` installs it on Debian"
             if os.environ.get("CI") == "true":
                 pytest.fail(reason)
             pytest.skip(reason)
-        return found
+        return program
 
     return find
 
 
 @pytest.fixture(scope="session")
-def producer(tmp_path_factory, requires_program) -> another.Producer:
+def producer(tmp_path_factory, requires_program) -> Producer:
     """Another project, which has installed the client's wheel."""
     requires_program("make")
-    return another.made(tmp_path_factory.mktemp("producer"))
+    return Producer.create(tmp_path_factory.mktemp("producer"))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ TEMPLATE = "chaos_template"
 
 
 @pytest.fixture(scope="package")
-def breakable(given) -> Iterator[tuple[embedded.PostgresServer, embedded.ValkeyServer]]:
+def breakable(external_urls) -> Iterator[tuple[embedded.PostgresServer, embedded.ValkeyServer]]:
     """PostgreSQL and Valkey for this suite only, even if DATABASE_URL and BROKER_URL were set for the other tests."""
     with tempfile.TemporaryDirectory(prefix="tokentrail-chaos-") as parent:
         Path(parent).chmod(0o755)

@@ -134,7 +134,7 @@ class System(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def system(given):
+def system(external_urls):
     """The system that `make run` starts, in a folder like a clone."""
     with tempfile.TemporaryDirectory(prefix="tokentrail-docs-") as parent:
         folder = Path(parent)

@@ -14,5 +14,5 @@ http.py                requests to servers on loopback
 producer.py            another Python project, which has installed the client
 catalog.py             what PostgreSQL's catalog says of a schema
 logs.py                what was logged
-with_given_servers.py  runs a command with DATABASE_URL and BROKER_URL of servers that it did not start
+with_external_servers.py  runs a command with DATABASE_URL and BROKER_URL of servers that it did not start
 """

@@ -1,4 +1,4 @@
-"""Log lines by the words that docs/operating.md lists them by."""
+"""Log lines, by the text that docs/operating.md lists."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ if TYPE_CHECKING:
 
 
 def logged(messages: Iterable[str], event: str) -> list[tuple[str, ...]]:
-    """What stood where `event` has "…", of each message that says it."""
+    """Of each message that matches `event`, the texts in place of its "…"."""
     pattern = re.escape(event).replace("…", "(.+)")
-    return [found.groups() for message in messages if (found := re.fullmatch(pattern, message))]
+    return [match.groups() for message in messages if (match := re.fullmatch(pattern, message))]

@@ -21,16 +21,24 @@ class Producer(NamedTuple):
     installed: Path
     folder: Path
 
+    @classmethod
+    def create(cls, folder: Path) -> Producer:
+        wheel, installed, programs = build_wheel(folder), folder / "installed", folder / "programs"
+        programs.mkdir()
+        with zipfile.ZipFile(wheel) as archive:  # what pip does with a wheel of Python modules only
+            archive.extractall(installed)
+        return cls(wheel, installed, programs)
+
     def run(self, program: str, *arguments: str, packages: Path | None = None) -> str:
-        """What `program` prints, as a script in a process of its own. `packages` stand in for those beside us."""
+        """What `program` prints, as a script in its own process; `packages` is a folder to import from."""
         script = self.folder / "program.py"
         script.write_text(program)
-        found = [packages] if packages else [self.installed, sysconfig.get_path("purelib")]
+        paths = [packages] if packages else [self.installed, sysconfig.get_path("purelib")]
         ended = subprocess.run(
-            # Without `site` no .pth file is read: one leads from the packages beside us to this repository.
+            # Without `site` no .pth file is read: one of our virtual environment leads to this repository.
             [sys.executable, "-S", script, *arguments],
             cwd=self.folder,
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(map(str, found))},
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(map(str, paths))},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -42,8 +50,8 @@ class Producer(NamedTuple):
         return ended.stdout
 
 
-def built(folder: Path) -> Path:
-    """The wheel that `make client` builds in a copy of what it needs, which is a clone with a virtual environment."""
+def build_wheel(folder: Path) -> Path:
+    """The wheel that `make client` builds, in a copy of the parts of this repository that it needs."""
     clone = folder / "a clone"
     for name in ("client", "schema"):
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
@@ -53,8 +61,8 @@ def built(folder: Path) -> Path:
     for part in ("bin", "lib", "pyvenv.cfg"):
         (clone / ".venv" / part).symlink_to(Path(sys.executable).parents[1] / part)
     (clone / ".venv" / "made-in").write_text(f"{clone.resolve()}\n")
-    (clone / ".venv" / "runtime").touch()  # nothing to install: it is all there
-    said = subprocess.run(
+    (clone / ".venv" / "runtime").touch()  # everything is installed
+    made = subprocess.run(
         ["make", "client"],
         cwd=clone,
         env={**os.environ, "PIP_NO_INDEX": "1"},
@@ -63,13 +71,5 @@ def built(folder: Path) -> Path:
         timeout=120,
         check=False,
     )
-    assert said.returncode == 0, f"{said.stdout}\n{said.stderr}"
-    return clone / said.stdout.strip()
-
-
-def made(folder: Path) -> Producer:
-    wheel, installed, programs = built(folder), folder / "installed", folder / "programs"
-    programs.mkdir()
-    with zipfile.ZipFile(wheel) as archive:  # what pip does with a wheel of Python modules only
-        archive.extractall(installed)
-    return Producer(wheel, installed, programs)
+    assert made.returncode == 0, f"{made.stdout}\n{made.stderr}"
+    return clone / made.stdout.strip()

@@ -1,6 +1,6 @@
 """A TCP proxy between a worker and a server, whose connections a test can cut, stall and leave half-open.
 
-Two more make a server say of itself that it is old.
+Two subclasses change the version that a server reports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Self
 from urllib.parse import urlsplit
 
-#: Closing with this sends RST at once, and throws away what was on its way.
+#: SO_LINGER with which a close sends RST at once and discards unsent bytes.
 ABORT = struct.pack("ii", 1, 0)
 
 
@@ -29,7 +29,7 @@ class Proxy:
         user = parts.netloc.rpartition("@")[0]
         self.url = parts._replace(netloc=f"{user}@127.0.0.1:{self._listener.getsockname()[1]}").geturl()
         self._peers: dict[socket.socket, socket.socket] = {}
-        self._deaf: set[socket.socket] = set()
+        self._swallowing: set[socket.socket] = set()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._lock = threading.Lock()
@@ -38,7 +38,7 @@ class Proxy:
         self._thread.start()
 
     def cut(self) -> int:
-        """Reset every connection at both ends; new ones are forwarded. Returns how many there were."""
+        """Reset every connection at both ends; new ones are forwarded. Returns how many were open."""
         with self._lock:
             pairs = len(self._peers) // 2
             for end in list(self._peers):
@@ -54,15 +54,16 @@ class Proxy:
         self._stalled = False
 
     def half_open(self) -> int:
-        """From now on swallow what comes on the connections there are, and never close them, as when a router forgets
-        them; new ones are forwarded. Returns how many there were.
+        """From now on discard what arrives on the open connections, without closing them, as a router can.
+
+        New ones are forwarded. Returns how many were open.
         """
         with self._lock:
-            self._deaf.update(self._peers)
+            self._swallowing.update(self._peers)
             return len(self._peers) // 2
 
-    def passed(self, data: bytes) -> bytes:
-        """What becomes of bytes on their way, in either direction."""
+    def transform(self, data: bytes) -> bytes:
+        """The bytes to forward instead of these, in either direction."""
         return data
 
     def __enter__(self) -> Self:
@@ -103,8 +104,8 @@ class Proxy:
     def _forward(self, end: socket.socket) -> None:
         try:
             data = end.recv(1 << 16)
-            if data and end not in self._deaf:
-                self._peers[end].sendall(self.passed(data))
+            if data and end not in self._swallowing:
+                self._peers[end].sendall(self.transform(data))
         except OSError:
             data = b""
         if not data:
@@ -115,7 +116,7 @@ class Proxy:
             return
         for each in (end, self._peers[end]):
             del self._peers[each]
-            self._deaf.discard(each)
+            self._swallowing.discard(each)
             self._selector.unregister(each)
             with suppress(OSError):
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
@@ -123,14 +124,14 @@ class Proxy:
 
 
 class OldPostgreSQL(Proxy):
-    """A server that says of itself that it is of 2021: no package of the machine brings one."""
+    """Makes a server report version 14, of which there is no package to test with."""
 
-    def passed(self, data):
+    def transform(self, data):
         return re.sub(rb"(server_version\0)\d\d", rb"\g<1>14", data)
 
 
 class OldRedis(Proxy):
-    """A server that says of itself that it is of 2020: no package of the machine brings one."""
+    """Makes a server report version 6, of which there is no package to test with."""
 
-    def passed(self, data):
+    def transform(self, data):
         return re.sub(rb"(\nredis_version:)\d", rb"\g<1>6", data)

@@ -16,8 +16,9 @@ T = TypeVar("T")
 
 def eventually(condition: Callable[[], T], what: str = "the condition holds", *, seconds: float = PATIENCE) -> T:
     """Return the first true value of `condition()`; fail when there is none within `seconds`."""
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.005
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.3 * pause, 0.05)
     return value

@@ -43,11 +43,10 @@ PR_SET_PDEATHSIG = 1
 def run(arguments: Sequence[str], environment: dict[str, str], log: str, poison: str, quit_at: str) -> None:
     """Be a Celery worker until a signal ends it.
 
-    With `poison` the process kills itself whenever the ledger is about to decide the event with that key, as an
-    event would that crashes the interpreter. With `quit_at` it gets a SIGQUIT right behind the first task event of that
-    type.
+    With `poison`, the process kills itself whenever the ledger is about to decide the event with that key, as if the
+    event crashed the interpreter. With `quit_at`, it gets a SIGQUIT right after the first task event of that type.
     """
-    if sys.platform == "linux":  # whatever kills the tests, no worker outlives them
+    if sys.platform == "linux":  # no worker outlives tests that are killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.clear()
     os.environ.update(environment)

@@ -395,7 +395,7 @@ def test_root_keeps_its_folders_closed_and_runs_postgresql_as_nobody(tmp_path):
     assert not elsewhere.exists()
 
 
-def test_a_test_starts_without_settings_from_outside(given):
+def test_a_test_starts_without_settings_from_outside(external_urls):
     assert {name for name in os.environ if name.startswith("TOKENTRAIL_")} <= {
         "TOKENTRAIL_HOME",
         "TOKENTRAIL_PG_BIN",
@@ -433,4 +433,4 @@ def test_tests_refuse_a_given_redis_that_holds_something_and_leave_an_empty_one_
         broker.set("of a live system", 1)
         ended = run_tests()
         assert (ended.returncode, broker.get("of a live system")) == (2, b"1"), ended.stdout
-        assert "it holds something (db0): unset BROKER_URL" in ended.stdout + ended.stderr
+        assert "it is not empty (db0): unset BROKER_URL" in ended.stdout + ended.stderr
