@@ -20,7 +20,7 @@ run: .venv/runtime ## run the whole system with a small demo economy until Ctrl-
 	@exec $(BIN)/tokentrail up --demo $(ARGS)
 
 test: .venv/development ## run every test, on its own servers or on those of DATABASE_URL and BROKER_URL (an empty Redis)
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-matrix: .venv/development ## run the tests on the oldest and newest Python here, with embedded and with Debian's servers
 	@.ci/test-matrix $(ARGS)

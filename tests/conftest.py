@@ -84,28 +84,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slowest modules, and let pytest-xdist keep together the tests that share a fixture."""
+    """Begin with the slowest modules: one that begins last keeps one process busy while the others are idle."""
     items.sort(key=_order)
-    for item in items:
-        if group := _group(item):
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _order(item: pytest.Item) -> int:
     path = item.nodeid.removeprefix("tests/")
     return next((number for number, start in enumerate(RUN_FIRST) if path.startswith(start)), len(RUN_FIRST))
-
-
-def _group(item: pytest.Item) -> str | None:
-    """The module or package whose servers or workers a test shares; every other test may run in any process."""
-    if "producer" in item.fixturenames:
-        return "producer"
-    for fixtures in item._fixtureinfo.name2fixturedefs.values():
-        if fixtures[-1].scope == "module":
-            return str(item.path)
-        if fixtures[-1].scope == "package":
-            return str(fixtures[-1].baseid)
-    return None
 
 
 class Urls(NamedTuple):
