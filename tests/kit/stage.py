@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from decimal import Decimal
 from typing import Any, Self
 
@@ -30,7 +29,6 @@ class Stage:
         self.redis = connect(broker_url)
         self.workers: list[Worker] = []
         self._folder = folder
-        self._connection: psycopg.Connection[Any] | None = None
 
     def start(self, *arguments: str, **settings: Any) -> Worker:
         """A worker that consumes. Settings are those of `worker.config`, by their names."""
@@ -44,12 +42,8 @@ class Stage:
         return "\n".join(path.read_text() for path in sorted(self._folder.glob("*.log")))
 
     def rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        for _ in range(2):
-            if self._connection is None or self._connection.closed:
-                self._connection = psycopg.connect(self.database_url, autocommit=True)
-            with suppress(psycopg.OperationalError):  # a test may end all sessions
-                return self._connection.execute(query, parameters).fetchall()
-        raise AssertionError("PostgreSQL ended the session twice")
+        with psycopg.connect(self.database_url, autocommit=True) as connection:
+            return connection.execute(query, parameters).fetchall()
 
     def count(self, table: str) -> int:
         return int(self.rows(f"SELECT count(*) FROM {table}")[0][0])
@@ -74,8 +68,6 @@ class Stage:
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
-        if self._connection is not None:
-            self._connection.close()
         self.publisher.close()
         self.redis.close()
 

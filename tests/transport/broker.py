@@ -47,7 +47,7 @@ class Interceptor(Proxy):
         self._trigger, self._action = trigger, action
         super().__init__(target)
 
-    def passed(self, data):
+    def transform(self, data):
         if self._trigger in data and self._action:
             self._action, action = None, self._action
             action()
